@@ -1,0 +1,3 @@
+"""Put any Linux network namespace into an Istio-ambient mesh."""
+
+__version__ = "0.1.0"
