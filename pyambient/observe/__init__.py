@@ -1,0 +1,1 @@
+"""What operators read: log lines in ztunnel's layout and the access log of connections."""

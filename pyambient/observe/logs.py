@@ -1,0 +1,95 @@
+"""The programs' own log: structlog in ztunnel's layout, on standard error unless told otherwise.
+
+structlog takes half of what `pyambient --help` may take to start, so it is imported with the first
+line that is logged. Its own global configuration is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from .layout import LEVELS, Layout, layout_of, level_number, plain_line
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger, Processor
+
+Emit = Callable[[str], None]
+"""Takes a line without its newline."""
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+@dataclass
+class _Settings:
+    """How this process logs."""
+
+    layout: Layout = plain_line
+    level: int = LEVELS["info"]
+    emit: Emit = _to_stderr
+
+
+_settings = _Settings()
+
+
+def configure(log_format: str, level: str = "info", emit: Emit = _to_stderr) -> None:
+    """Set layout, least level and receiver of all lines; loggers made before follow.
+
+    UsageError for a format or level that does not exist.
+    """
+    _settings.layout = layout_of(log_format)
+    _settings.level = level_number(level)
+    _settings.emit = emit
+    _bound.cache_clear()
+
+
+def get_logger(scope: str) -> FilteringBoundLogger:
+    """The logger of a scope (a room, `proxy::inbound`); fields are keyword arguments."""
+    return cast("FilteringBoundLogger", _LazyLogger(scope))
+
+
+class _LazyLogger:
+    """Stands in for a structlog logger, which it makes when it is first used."""
+
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_bound(self._scope), name)
+
+    def __repr__(self) -> str:
+        return f"<Logger {self._scope}>"
+
+
+@functools.lru_cache(maxsize=256)
+def _bound(scope: str) -> FilteringBoundLogger:
+    import structlog  # noqa: PLC0415 - see the module's docstring
+
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.format_exc_info,
+        functools.partial(_render, scope),
+    ]
+    filtering = structlog.make_filtering_bound_logger(_settings.level)
+    logger = structlog.wrap_logger(_Receiver(), processors, filtering, dict)
+    return cast("FilteringBoundLogger", logger.bind())
+
+
+def _render(scope: str, _logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    level = {"warning": "warn", "critical": "error"}.get(method, method)
+    message = str(event.pop("event", ""))
+    return _settings.layout(level, scope, message, event)
+
+
+class _Receiver:
+    """What structlog hands a rendered line to, under the name of its level."""
+
+    def debug(self, line: str) -> None:
+        _settings.emit(line)
+
+    info = warning = error = critical = debug
