@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * cgroup/bind4 and bind6: the proxy's ports in an enrolled pod are the proxy's.
+ *
+ * Without this an app could listen on 15008 while the proxy restarts and be
+ * handed the pod's traffic. A mark proves nothing (any container with the
+ * default capabilities can set one), so only the socket's storage counts.
+ */
+#include "maps.h"
+
+DEFINE_PODS;
+DEFINE_PROXY_SOCKETS;
+
+static __always_inline int may_bind(struct bpf_sock_addr *ctx)
+{
+	__u32 port = bpf_ntohs(ctx->user_port);
+	struct bpf_sock *sk;
+	__u64 netns;
+
+	if (!is_our_port(port))
+		return ALLOW;
+	netns = bpf_get_netns_cookie(ctx);
+	if (!map_lookup(pods, &netns))
+		return ALLOW;
+	sk = ctx->sk;
+	return sk && storage_get(proxy_sockets, sk, 0) ? ALLOW : DENY;
+}
+
+/*
+ * Hook: cgroup/bind4 on --cgroup. Linux 5.9.
+ * Returns DENY (EPERM) for 15001, 15006, 15008 and 15053 of any protocol in an
+ * enrolled pod, unless the socket is the proxy's; else ALLOW.
+ */
+SEC("cgroup/bind4")
+int pyamb_bind4(struct bpf_sock_addr *ctx)
+{
+	return may_bind(ctx);
+}
+
+/* Hook: cgroup/bind6 on --cgroup. Linux 5.9. Returns as pyamb_bind4. */
+SEC("cgroup/bind6")
+int pyamb_bind6(struct bpf_sock_addr *ctx)
+{
+	return may_bind(ctx);
+}
+
+DEFINE_LICENSE;

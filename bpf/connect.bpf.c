@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * cgroup/connect4 and connect6: outbound capture.
+ *
+ * An app's socket gets a mark before its SYN leaves; the pod's routing rule
+ * turns a marked packet back to lo, where sk_lookup hands it to the proxy. The
+ * destination is never rewritten, so getpeername() in the app tells the truth.
+ *
+ * Nothing here unbinds a device: bpf_setsockopt() checks the *app's*
+ * CAP_NET_RAW for that, so an unprivileged app would get away. A route per
+ * device captures device-bound sockets instead. Where that route is not there
+ * yet the connect is refused here, because no routing rule can do it: IPv4
+ * takes every destination for on-link when a device-bound lookup fails.
+ */
+#include "maps.h"
+
+#define SOL_SOCKET	1
+#define SO_BINDTODEVICE	25
+#define SO_MARK		36
+#define ENETUNREACH	101
+#define ECONNREFUSED	111
+
+#define MARK_MASK	0xfff
+#define LOOPBACK_MARK	0x111
+
+DEFINE_LISTENERS;
+DEFINE_PODS;
+DEFINE_ADDRESSES;
+DEFINE_DEVICES;
+DEFINE_PROXY_SOCKETS;
+DEFINE_CONSTANTS;
+
+/* One volatile load: else clang 14 selects between two pointers into the socket. */
+static __always_inline __u32 load(const volatile __u32 *field)
+{
+	__u32 value = *field;
+
+	barrier_var(value);
+	return value;
+}
+
+static __always_inline int set_mark(struct bpf_sock_addr *ctx, __u32 mark)
+{
+	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
+		return DENY;
+	return ALLOW;
+}
+
+/* The app learns at once that nobody will answer, as from a closed port. */
+static __always_inline int refuse(int error)
+{
+	if (constant(has_set_retval))
+		bpf_set_retval(-error);
+	return DENY;
+}
+
+static __always_inline int has_route(struct bpf_sock *sk, __u64 netns, __u32 family)
+{
+	struct device key = { .netns = netns, .family = family };
+
+	key.index = load(&sk->bound_dev_if);
+	return !key.index || map_lookup(devices, &key);
+}
+
+static __always_inline int has_listener(__u64 netns)
+{
+	struct listener key = { .netns = netns, .port = OUTBOUND_PORT };
+	struct bpf_sock *sk = map_lookup(listeners, &key);
+
+	if (!sk)
+		return 0;
+	bpf_sk_release(sk);
+	return 1;
+}
+
+/*
+ * The proxy delivers to an app of this pod. The mark makes the app's answers
+ * (tcp_fwmark_accept) come back over lo although the client's own address is
+ * their destination; the device tells sk_lookup not to capture this SYN again.
+ */
+static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+{
+	char lo[] = "lo";
+
+	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo)))
+		return DENY;
+	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
+}
+
+/* It stays inside the pod. A socket may connect twice: the first mark must not stay. */
+static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+{
+	__u32 mark = load(&sk->mark);
+
+	if ((mark & MARK_MASK) != LOOPBACK_MARK)
+		return ALLOW;
+	return set_mark(ctx, mark & ~MARK_MASK);
+}
+
+static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
+					     const struct address *to)
+{
+	__u64 netns = to->netns;
+	__u32 family = is_mapped_ipv4(to->ip) ? AF_INET : AF_INET6;
+
+	if (!has_route(sk, netns, family))
+		return refuse(ENETUNREACH);
+	if (!has_listener(netns))
+		return refuse(ECONNREFUSED);
+	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
+}
+
+static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to)
+{
+	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
+	int own;
+
+	if (!sk)
+		return DENY;
+	own = map_lookup(addresses, to) != NULL;
+	if (storage_get(proxy_sockets, sk, 0))
+		return own ? to_app(ctx, sk) : ALLOW;
+	if (own || is_loopback(to->ip))
+		return from_app_to_pod(ctx, sk);
+	return from_app_outwards(ctx, sk, to);
+}
+
+/* Multipath TCP comes here as well: its first subflow is a TCP socket. */
+static __always_inline int is_captured(struct bpf_sock_addr *ctx, __u64 netns)
+{
+	return ctx->protocol == IPPROTO_TCP && map_lookup(pods, &netns);
+}
+
+/*
+ * Hook: cgroup/connect4 on --cgroup. Linux 5.9 (5.18 for the errno).
+ * Returns ALLOW outside enrolled pods, for other protocols, for the proxy, and
+ * for an app once its socket has the right mark. DENY where the pod has no live
+ * outbound listener (ECONNREFUSED), or the device of a bound socket no route for
+ * captures (ENETUNREACH); before 5.18 both are EPERM.
+ */
+SEC("cgroup/connect4")
+int pyamb_connect4(struct bpf_sock_addr *ctx)
+{
+	struct address to = { .netns = bpf_get_netns_cookie(ctx) };
+
+	if (!is_captured(ctx, to.netns))
+		return ALLOW;
+	set_ipv4(&to, ctx->user_ip4);
+	return judge(ctx, &to);
+}
+
+/*
+ * Hook: cgroup/connect6 on --cgroup. Linux 5.9 (5.18 for the errno).
+ * Returns as pyamb_connect4; an IPv4-mapped destination comes here and needs
+ * nothing of its own, because that is the form of every address key.
+ */
+SEC("cgroup/connect6")
+int pyamb_connect6(struct bpf_sock_addr *ctx)
+{
+	struct address to = { .netns = bpf_get_netns_cookie(ctx) };
+
+	if (!is_captured(ctx, to.netns))
+		return ALLOW;
+	to.ip[0] = ctx->user_ip6[0];
+	to.ip[1] = ctx->user_ip6[1];
+	to.ip[2] = ctx->user_ip6[2];
+	to.ip[3] = ctx->user_ip6[3];
+	return judge(ctx, &to);
+}
+
+DEFINE_LICENSE;

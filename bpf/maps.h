@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What the programs share: ports, marks, keys, maps.
+ *
+ * Every map is one per node and pinned. Whatever is said about a pod is keyed
+ * by the cookie of its network namespace, never by an address alone: plain
+ * namespaces reuse addresses, and two pods with the same one must never meet.
+ * Each program declares just the maps it uses.
+ */
+#ifndef PYAMBIENT_MAPS_H
+#define PYAMBIENT_MAPS_H
+
+#include "compat.h"
+
+#define OUTBOUND_PORT	15001
+#define INBOUND_PORT	15006
+#define HBONE_PORT	15008
+#define DNS_PORT	15053
+
+/* What a cgroup hook returns: the call goes on, or fails with an errno. */
+#define ALLOW		1
+#define DENY		0
+
+/* An IPv4 address is kept as the IPv4-mapped IPv6 one, in network order. */
+struct address {
+	__u64 netns;
+	__u32 ip[4];
+};
+
+/* A device by which the pod's routing table captures; `family` is an AF_ number. */
+struct device {
+	__u64 netns;
+	__u32 index;
+	__u32 family;
+};
+
+struct listener {
+	__u64 netns;
+	__u32 port;
+	__u32 worker;
+};
+
+struct pod {
+	__u32 inode;	/* of the namespace: for people who read the map */
+};
+
+/* The gate: connect and bind hooks leave every namespace alone that is not in here. */
+#define DEFINE_PODS DEFINE_HASH(pods, __u64, struct pod, 4096)
+
+/* The addresses of each pod. */
+#define DEFINE_ADDRESSES DEFINE_HASH(addresses, struct address, __u8, 16384)
+
+/* The devices of each pod, per family, that have their route for captured sockets. */
+#define DEFINE_DEVICES DEFINE_HASH(devices, struct device, __u8, 16384)
+
+/* The proxy's listening sockets; an entry goes away with its socket. */
+#define DEFINE_LISTENERS DEFINE_SOCKHASH(listeners, struct listener, 16384)
+
+/* On every socket that the proxy's cgroup made, and on those accepted from them. */
+#define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u8)
+
+#define AF_INET		2
+#define AF_INET6	10
+
+static __always_inline int is_our_port(__u32 port)
+{
+	return port == OUTBOUND_PORT || port == INBOUND_PORT || port == HBONE_PORT ||
+	       port == DNS_PORT;
+}
+
+static __always_inline int is_mapped_ipv4(const __u32 *ip)
+{
+	return ip[0] == 0 && ip[1] == 0 && ip[2] == bpf_htonl(0xffff);
+}
+
+/* 127.0.0.0/8 and ::1; connect() takes 0.0.0.0 and :: for the same. */
+static __always_inline int is_loopback(const __u32 *ip)
+{
+	if (is_mapped_ipv4(ip))
+		return ip[3] == 0 || (bpf_ntohl(ip[3]) >> 24) == IN_LOOPBACKNET;
+	return ip[0] == 0 && ip[1] == 0 && ip[2] == 0 &&
+	       (ip[3] == 0 || ip[3] == bpf_htonl(1));
+}
+
+static __always_inline void set_ipv4(struct address *address, __u32 ip)
+{
+	address->ip[0] = 0;
+	address->ip[1] = 0;
+	address->ip[2] = bpf_htonl(0xffff);
+	address->ip[3] = ip;
+}
+
+#endif

@@ -1,0 +1,71 @@
+"""The backend `bpf`: no netfilter, no connection tracking, no address translation.
+
+General theory of operation
+---------------------------
+Outbound: a hook on connect() gives an app's socket the mark LOOPBACK_MARK. A rule and a route turn
+the marked SYN back to lo with its true destination, and the pod's sk_lookup program hands it to
+the listener on 15001; getsockname() there is the original destination.
+
+Inbound: sk_lookup hands what comes from outside to 15008 or 15006. The proxy's connection to the
+app has the client's address as its source, so the app's answers must not leave by the device: the
+hook marks and binds that socket to lo, and tcp_fwmark_accept lets the app's accepted socket
+inherit the mark. fwmark_reflect does the same for answers without a socket (the RST of a closed
+port); without it such a connect would hang.
+
+The proxy is whoever made its sockets in the proxy's own cgroup. No mark says so: any container
+with the default capabilities can set one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pyambient.errors import PyambientError
+
+from .bpf_steps import CapturedDevice, Gate, NodeStep, OwnAddress, SkLookup
+from .fib import Route, delivery
+from .interface import Plan, Pod, PodNetwork, Site, Step
+from .sysctl import ReservedPorts, Sysctl
+
+_FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
+_FOR_ANSWERS_IPV6 = ("net.ipv6.fwmark_reflect",)
+
+
+class Bpf:
+    """Plans captures by BPF programs; `has_set_retval` tells that hooks can choose their errno."""
+
+    name: ClassVar[str] = "bpf"
+
+    def __init__(self, site: Site, *, has_set_retval: bool) -> None:
+        if site.cgroup is None:
+            raise PyambientError(
+                "cgroup2 is not mounted",
+                "run 'mount -t cgroup2 none DIR' and give --cgroup DIR, or use --backend iptables",
+            )
+        self._bpffs = str(site.bpffs)
+        self._cgroup = str(site.cgroup)
+        self._has_set_retval = has_set_retval
+
+    def plan(self, pod: Pod, network: PodNetwork) -> Plan:
+        cookie = pod.netns.cookie()
+        own = dict.fromkeys(address.ip for address in network.addresses + network.tentative)
+        routing = delivery(network, connects=True)
+        routes = [step for step in routing if isinstance(step, Route)]
+        sysctls = _FOR_ANSWERS + (_FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
+        steps: tuple[Step, ...] = (
+            NodeStep(self._bpffs, self._cgroup, self._has_set_retval),
+            ReservedPorts(),
+            *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
+            *routing,
+            *(
+                CapturedDevice(self._bpffs, cookie, r.ipv6, r.device, r.source, r.metric)
+                for r in routes
+            ),
+            *(Sysctl(name, "1") for name in sysctls),
+            SkLookup(self._bpffs, cookie),
+            Gate(self._bpffs, cookie),
+        )
+        return Plan(self.name, network, steps)
+
+    def __repr__(self) -> str:
+        return f"<Bpf on {self._cgroup}, pins in {self._bpffs}>"

@@ -1,0 +1,307 @@
+"""The BPF programs and maps that all enrolled pods of a node share.
+
+General theory of operation
+---------------------------
+Below the bpffs directory of the site lie two directories:
+
+    node/   pins of the maps, and of one link per hook of a cgroup
+    pods/   a directory per enrolled pod (its uid, escaped), holding the pin of its sk_lookup link
+
+The pins are the state; no process has to stay alive for it, and none keeps a copy. A pod's
+directory is its claim on `node/`: the last claim that goes takes the programs along.
+
+`claim` completes what it finds: nothing at all (the first build happens in `building/`, which is
+renamed when it is whole), or a link whose cgroup was removed and made again. What no pod claims is
+the rest of somebody who was killed, and goes first. Two processes that enrol at once take turns
+through a lock on the directory above, which nobody removes. The half-built programs of a moment
+do nothing: the map `pods`, by which they know whom to serve, is filled by a pod's very last step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pyambient.errors import PyambientError
+
+from .kernel_objects import AttachType, Link, Map, effective_programs, program_info
+from .loader import BpfObject, Constants, load
+from .mounts import ensure_bpffs
+
+_LOCK_SECONDS: Final = 10.0
+MAPS: Final = ("pods", "addresses", "devices", "listeners", "proxy_sockets")
+PROGRAM_PREFIX: Final = "pyamb_"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A program of the node, and the cgroup it belongs on."""
+
+    source: str
+    program: str
+    attach_type: AttachType
+    on_proxy: bool = False
+
+    @property
+    def pin(self) -> str:
+        return self.program.removeprefix(PROGRAM_PREFIX)
+
+
+# The proxy must be known before connects are judged.
+HOOKS: Final = (
+    Hook("proxy_socket", "pyamb_sock", AttachType.SOCK_CREATE, on_proxy=True),
+    Hook("proxy_socket", "pyamb_sockops", AttachType.SOCK_OPS, on_proxy=True),
+    Hook("bind", "pyamb_bind4", AttachType.BIND4),
+    Hook("bind", "pyamb_bind6", AttachType.BIND6),
+    Hook("connect", "pyamb_connect4", AttachType.CONNECT4),
+    Hook("connect", "pyamb_connect6", AttachType.CONNECT6),
+)
+
+
+class NodePrograms:
+    """The shared programs of one bpffs directory and one cgroup."""
+
+    def __init__(self, bpffs: Path, cgroup: Path) -> None:
+        self.bpffs = bpffs
+        self.cgroup = cgroup
+        self.proxy_cgroup = cgroup / "pyambient-proxy"
+        self.directory = bpffs / "node"
+        self._building = bpffs / "building"
+
+    def claim(self, uid: str, constants: Constants) -> None:
+        """Have everything loaded, attached and pinned, and note that the pod `uid` needs it.
+
+        PyambientError if the programs serve another cgroup, or if somebody else's program
+        already decides about this cgroup's connections.
+        """
+        ensure_bpffs(self.bpffs)
+        with self._locked():
+            if not self._is_claimed():
+                self._remove_pins()
+            ensure_bpffs(self.bpffs)
+            try:
+                self._complete(constants)
+                pod_directory(self.bpffs, uid).mkdir(parents=True, exist_ok=True)
+            except BaseException:
+                self._remove_unclaimed()
+                raise
+
+    def release(self, uid: str) -> None:
+        """Drop the pod's claim; the last one takes programs, maps and directories along."""
+        if not self.bpffs.is_dir():
+            return
+        with self._locked():
+            _remove(pod_directory(self.bpffs, uid))
+            self._remove_unclaimed()
+
+    def missing(self, uid: str) -> str | None:
+        """What is not as `claim` left it, or None."""
+        if not pod_directory(self.bpffs, uid).is_dir():
+            return "the pod's directory is gone from bpffs"
+        absent = [name for name in MAPS if not (self.directory / name).exists()]
+        try:
+            absent += [hook.pin for hook in HOOKS if not self._is_attached(self.directory, hook)]
+        except PyambientError as error:
+            return error.what
+        return f"not pinned or not attached: {' '.join(absent)}" if absent else None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = os.open(self.bpffs.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _lock(fd)
+            yield
+        finally:
+            os.close(fd)
+
+    def _complete(self, constants: Constants) -> None:
+        directory = self.directory if self.directory.exists() else self._building
+        _pin_lost_maps(directory)
+        absent = [hook for hook in HOOKS if not self._is_attached(directory, hook)]
+        if absent:
+            self._refuse_foreign_hooks()
+            self.proxy_cgroup.mkdir(exist_ok=True)
+            directory.mkdir(exist_ok=True)
+            self._attach(directory, absent, constants)
+        if directory != self.directory:
+            directory.rename(self.directory)
+
+    def _attach(self, directory: Path, hooks: list[Hook], constants: Constants) -> None:
+        with contextlib.ExitStack() as stack:
+            maps = {m.name: stack.enter_context(m) for m in _pinned_maps(directory)}
+            objects: dict[str, BpfObject] = {}
+            for hook in hooks:
+                if hook.source not in objects:
+                    loaded = stack.enter_context(load(hook.source, constants, maps))
+                    objects[hook.source] = loaded
+                    maps |= _pin_new(loaded, maps, directory, stack)
+                self._link(directory, hook, objects[hook.source].program_fd(hook.program))
+
+    def _link(self, directory: Path, hook: Hook, program: int) -> None:
+        target = os.open(self._cgroup_of(hook), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with Link.create(program, target, hook.attach_type) as link:
+                (directory / hook.pin).unlink(missing_ok=True)
+                link.pin(directory / hook.pin)
+        except OSError as error:
+            raise PyambientError(
+                f"cannot attach {hook.program} to {self._cgroup_of(hook)}: {error.strerror}",
+                "run 'pyambient check'",
+            ) from None
+        finally:
+            os.close(target)
+
+    def _cgroup_of(self, hook: Hook) -> Path:
+        return self.proxy_cgroup if hook.on_proxy else self.cgroup
+
+    def _is_attached(self, directory: Path, hook: Hook) -> bool:
+        """False if it has to be attached (again); an error if it serves another cgroup."""
+        link = Link.open_pinned(directory / hook.pin)
+        if link is None:
+            return False
+        with link:
+            target = link.info().target
+        if target == _identifier(self._cgroup_of(hook)):
+            return True
+        other = _cgroup_path(self.cgroup, target)
+        if other is None:
+            return False
+        raise PyambientError(
+            f"the BPF programs in {self.bpffs} serve {other}, not {self._cgroup_of(hook)}",
+            "give the same --cgroup as before, or run 'pyambient unenroll --all' first",
+        )
+
+    def _refuse_foreign_hooks(self) -> None:
+        """Another program that redirects connects (Cilium's socket load balancer) hides from us
+        where an app wanted to go.
+        """
+        fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            hooks = (AttachType.CONNECT4, AttachType.CONNECT6)
+            found = {program_info(i) for kind in hooks for i in effective_programs(fd, kind)}
+        finally:
+            os.close(fd)
+        names = {program.name for program in found if program is not None}
+        foreign = sorted(name for name in names if not name.startswith(PROGRAM_PREFIX))
+        if foreign:
+            raise PyambientError(
+                f"another tool's program {' '.join(foreign)} handles the connects of {self.cgroup}",
+                "turn it off (Cilium: socketLB.hostNamespaceOnly=true), or use --backend iptables",
+            )
+
+    def _is_claimed(self) -> bool:
+        pods = self.bpffs / "pods"
+        return pods.is_dir() and any(pods.iterdir())
+
+    def _remove_pins(self) -> None:
+        for directory in (self._building, self.directory, self.bpffs / "pods", self.bpffs):
+            _remove(directory)
+
+    def _remove_unclaimed(self) -> None:
+        if self._is_claimed():
+            return
+        self._remove_pins()
+        with contextlib.suppress(OSError):
+            self.proxy_cgroup.rmdir()  # busy while a proxy runs in it, whose it then is
+
+    def __repr__(self) -> str:
+        return f"<NodePrograms {self.bpffs} on {self.cgroup}>"
+
+
+def pod_directory(bpffs: Path, uid: str) -> Path:
+    """Where a pod's pins are; bpffs reserves names with a dot (ENOENT or EPERM)."""
+    return bpffs / "pods" / urllib.parse.quote(uid, safe="").replace(".", "%2E")
+
+
+def node_map(bpffs: Path, name: str) -> Map | None:
+    """A map of the node, or None where no pod is enrolled."""
+    return Map.open_pinned(bpffs / "node" / name)
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise PyambientError(
+                    "another pyambient has been loading BPF programs for too long",
+                    "see what hangs with 'ps', end it and try again",
+                ) from None
+            time.sleep(0.005)
+        else:
+            return
+
+
+def _pinned_maps(directory: Path) -> Iterator[Map]:
+    for name in MAPS:
+        pinned = Map.open_pinned(directory / name)
+        if pinned is not None:
+            yield pinned
+
+
+def _pin_lost_maps(directory: Path) -> None:
+    """Pin maps again whose pins somebody removed: the attached programs still have them.
+
+    A map made anew would not know the listeners that the proxy has already.
+    """
+    if not directory.exists() or all((directory / name).exists() for name in MAPS):
+        return
+    for hook in HOOKS:
+        link = Link.open_pinned(directory / hook.pin)
+        if link is None:
+            continue
+        with link:
+            program = program_info(link.info().program)
+        for identifier in program.maps if program else ():
+            with Map.open_by_identifier(identifier) as held:
+                if held.name in MAPS and not (directory / held.name).exists():
+                    held.pin(directory / held.name)
+
+
+def _pin_new(
+    loaded: BpfObject, known: dict[str, Map], directory: Path, stack: contextlib.ExitStack
+) -> dict[str, Map]:
+    """Pin the maps that the object had to make itself."""
+    made = {name: stack.enter_context(m) for name, m in loaded.maps().items()}
+    added = {name: m for name, m in made.items() if name not in known}
+    for name, fresh in added.items():
+        fresh.pin(directory / name)
+    return added
+
+
+def _remove(directory: Path) -> None:
+    """Unpin what is in a directory and remove it; one that is not there or not empty is left."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for pin in directory.iterdir():
+            if not pin.is_dir():
+                pin.unlink()
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+
+
+def _identifier(cgroup: Path) -> int:
+    """A cgroup's id is the inode number of its directory (Linux 5.5, 64 bit)."""
+    return cgroup.stat().st_ino if cgroup.exists() else -1
+
+
+def _cgroup_path(near: Path, identifier: int) -> str | None:
+    """The path of the cgroup with this id, looked for in the whole tree; None if it is gone."""
+    device = near.stat().st_dev
+    top = [p for p in (near, *near.parents) if p.stat().st_dev == device][-1]
+    for directory, _, _ in os.walk(top):
+        if _identifier(Path(directory)) == identifier:
+            return directory
+    return None

@@ -1,0 +1,247 @@
+"""What the `bpf` backend adds for a pod, as steps.
+
+All a step needs to undo itself is in the step: the pod's network namespace may be gone by then,
+its cookie is never used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pyambient.errors import PyambientError
+from pyambient.model.address import packed_ip
+
+from .bpf_node import HOOKS, NodePrograms, node_map, pod_directory
+from .interface import Pod, Stage, step
+from .kernel_objects import AttachType, Link, Map, program_info
+from .loader import Constants, load
+
+_PIN = "sk_lookup"
+
+
+def _existing_map(bpffs: Path, name: str) -> Map:
+    found = node_map(bpffs, name)
+    if found is None:
+        raise PyambientError(f"the BPF map {bpffs}/node/{name} is gone", "enrol the pod again")
+    return found
+
+
+@contextlib.contextmanager
+def _lookup_maps(bpffs: Path) -> Iterator[dict[str, Map]]:
+    """The maps of the node that a pod's own program uses."""
+    with contextlib.ExitStack() as stack:
+        opened = [_existing_map(bpffs, name) for name in ("addresses", "listeners")]
+        yield {m.name: stack.enter_context(m) for m in opened}
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class NodeStep:
+    """The programs of the node, shared by its pods; the last pod takes them along."""
+
+    kind: ClassVar[str] = "bpf-node"
+    stage: ClassVar[Stage] = Stage.PREPARE
+
+    bpffs: str
+    cgroup: str
+    has_set_retval: bool
+
+    def describe(self) -> str:
+        here = " ".join(hook.pin for hook in HOOKS if not hook.on_proxy)
+        there = " ".join(hook.pin for hook in HOOKS if hook.on_proxy)
+        return (
+            f"bpf attach {here} to {self.cgroup}, {there} to {self._node.proxy_cgroup}, "
+            f"pinned in {self._node.directory}"
+        )
+
+    def apply(self, pod: Pod) -> Self:
+        self._node.claim(pod.uid, Constants(has_set_retval=self.has_set_retval))
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        self._node.release(pod.uid)
+
+    def missing(self, pod: Pod) -> str | None:
+        return self._node.missing(pod.uid)
+
+    @property
+    def _node(self) -> NodePrograms:
+        return NodePrograms(Path(self.bpffs), Path(self.cgroup))
+
+
+@dataclass(frozen=True, slots=True)
+class _MapEntry:
+    """An entry of a map of the node, keyed by the cookie of the pod's network namespace."""
+
+    bpffs: str
+    cookie: int
+
+    map_name: ClassVar[str]
+
+    def apply(self, pod: Pod) -> Self:
+        with _existing_map(Path(self.bpffs), self.map_name) as entries:
+            entries.put(self._key(), self._value(pod))
+        return self
+
+    def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the entry is found by its key alone
+        entries = node_map(Path(self.bpffs), self.map_name)
+        if entries is not None:
+            with entries:
+                entries.delete(self._key())
+
+    def missing(self, pod: Pod) -> str | None:
+        entries = node_map(Path(self.bpffs), self.map_name)
+        if entries is None:
+            return f"the BPF map {self.map_name} is gone"
+        with entries:
+            found = entries.get(self._key())
+        return None if found == self._value(pod) else f"not in the BPF map {self.map_name}"
+
+    def _key(self) -> bytes:
+        return struct.pack("=Q", self.cookie)
+
+    def _value(self, pod: Pod) -> bytes:
+        raise NotImplementedError
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class OwnAddress(_MapEntry):
+    """An address of the pod: what tells its inbound, outbound and inner connections apart."""
+
+    kind: ClassVar[str] = "bpf-address"
+    stage: ClassVar[Stage] = Stage.APPLY
+    map_name: ClassVar[str] = "addresses"
+
+    ip: str
+
+    def describe(self) -> str:
+        return f"bpf map addresses += {self.ip}"
+
+    def _key(self) -> bytes:
+        return struct.pack("=Q16s", self.cookie, packed_ip(self.ip))
+
+    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
+        return b"\1"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class CapturedDevice(_MapEntry):
+    """A device that has its route for captured sockets; a socket bound to another is refused.
+
+    No routing rule could do that: where a device-bound lookup fails, IPv4 takes the destination
+    for on-link and sends. `source` and `metric` are the route's: a route that is exchanged takes
+    the entry along for the moment without one. `index` is what the device had at `apply`.
+    """
+
+    kind: ClassVar[str] = "bpf-device"
+    stage: ClassVar[Stage] = Stage.APPLY
+    map_name: ClassVar[str] = "devices"
+
+    ipv6: bool
+    device: str
+    source: str | None
+    metric: int
+    index: int = field(default=0, compare=False)
+
+    def describe(self) -> str:
+        return f"bpf map devices += {self.device} for {'IPv6' if self.ipv6 else 'IPv4'}"
+
+    def apply(self, pod: Pod) -> Self:
+        current = self._current_index(pod)
+        if self.index != current:
+            self.undo(pod)
+        return _MapEntry.apply(dataclasses.replace(self, index=current), pod)
+
+    def missing(self, pod: Pod) -> str | None:
+        if self._current_index(pod) != self.index:
+            return f"{self.device} is another device now"
+        return _MapEntry.missing(self, pod)
+
+    def _current_index(self, pod: Pod) -> int:
+        with pod.netns.entered():
+            return socket.if_nametoindex(self.device)
+
+    def _key(self) -> bytes:
+        family = socket.AF_INET6 if self.ipv6 else socket.AF_INET
+        return struct.pack("=QII", self.cookie, self.index, family)
+
+    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
+        return b"\1"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class Gate(_MapEntry):
+    """From here on the pod's connects are captured and the proxy's ports are the proxy's."""
+
+    kind: ClassVar[str] = "bpf-gate"
+    stage: ClassVar[Stage] = Stage.GATE
+    map_name: ClassVar[str] = "pods"
+
+    def describe(self) -> str:
+        return "bpf map pods += this network namespace"
+
+    def _value(self, pod: Pod) -> bytes:
+        return struct.pack("=I", pod.netns.inode)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class SkLookup:
+    """The pod's own instance of the program that hands new connections to the proxy."""
+
+    kind: ClassVar[str] = "bpf-sk-lookup"
+    stage: ClassVar[Stage] = Stage.STEER
+
+    bpffs: str
+    cookie: int
+
+    def describe(self) -> str:
+        return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
+
+    def apply(self, pod: Pod) -> Self:
+        pin = self._pin(pod)
+        if self.missing(pod) is None:
+            return self
+        pin.unlink(missing_ok=True)
+        constants = Constants(netns=self.cookie, has_ingress_ifindex=True)
+        with _lookup_maps(Path(self.bpffs)) as shared, load("lookup", constants, shared) as loaded:
+            program = loaded.program_fd("pyamb_sk_lookup")
+            with Link.create(program, pod.netns.fd, AttachType.SK_LOOKUP) as link:
+                link.pin(pin)
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        self._pin(pod).unlink(missing_ok=True)
+
+    def missing(self, pod: Pod) -> str | None:
+        link = Link.open_pinned(self._pin(pod))
+        if link is None:
+            return "the sk_lookup link is gone"
+        with link:
+            info = link.info()
+        if info.target != pod.netns.inode:
+            return "the sk_lookup link has lost its namespace"
+        return None if self._shares_maps(info.program) else "sk_lookup uses maps that are gone"
+
+    def _shares_maps(self, program: int) -> bool:
+        known = program_info(program)
+        try:
+            with _lookup_maps(Path(self.bpffs)) as shared:
+                return known is not None and {m.identifier for m in shared.values()} <= {
+                    *known.maps
+                }
+        except PyambientError:
+            return False
+
+    def _pin(self, pod: Pod) -> Path:
+        return pod_directory(Path(self.bpffs), pod.uid) / _PIN

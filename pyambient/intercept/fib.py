@@ -1,0 +1,256 @@
+"""Routes and rules: how a packet that carries our mark is delivered inside its pod.
+
+General theory of operation
+---------------------------
+A socket or packet marked LOOPBACK_MARK must reach a listener of this very pod, whatever its
+destination. A policy rule sends the mark to a table of its own, and in that table everything is
+local: `local default dev lo`. Four traps shape the requests:
+
+* a local route needs scope host (254) for IPv4 and scope 0 for IPv6, else EINVAL;
+* where the packet has no source yet (a connect, not a reply) the route must name one, or the
+  destination becomes its own source and connect fails with ENETUNREACH;
+* IPv6 reads metric 0 as 1024, so every metric is explicit, and the one by lo is the smallest;
+* a socket bound to a device ignores the route by lo, so each device gets one too.
+
+As last resort a second rule makes the mark unreachable where the table has no route for it. It
+does not hold for IPv4 sockets bound to a device: where their look-up fails, the kernel takes any
+destination for on-link. The connect hook of backend "bpf" refuses those itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from pyambient.model.numbers import (
+    DEVICE_METRIC,
+    LOOPBACK_MARK,
+    LOOPBACK_METRIC,
+    MARK_MASK,
+    ROUTE_TABLE,
+    RULE_PRIORITY,
+)
+from pyambient.netns import Netns
+
+from .interface import Pod, PodNetwork, Stage, Step, step
+from .rtnetlink import device_names, request, routing, session
+
+_LOCAL = 2  # RTN_LOCAL
+_HOST_SCOPE = 254  # RT_SCOPE_HOST
+_TO_TABLE = 1  # FR_ACT_TO_TBL
+_UNREACHABLE = 7  # FR_ACT_UNREACHABLE
+_GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EAFNOSUPPORT})
+
+
+def _family(*, ipv6: bool) -> int:
+    return socket.AF_INET6 if ipv6 else socket.AF_INET
+
+
+def _ip(*, ipv6: bool) -> str:
+    return "ip -6" if ipv6 else "ip"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A default route of our table that delivers locally; `source` None leaves it to the packet."""
+
+    kind: ClassVar[str] = "route"
+    stage: ClassVar[Stage] = Stage.APPLY
+
+    ipv6: bool
+    device: str
+    source: str | None
+    metric: int
+
+    def describe(self) -> str:
+        source = f" src {self.source}" if self.source else ""
+        return (
+            f"{_ip(ipv6=self.ipv6)} route add local default dev {self.device}{source}"
+            f" metric {self.metric} table {ROUTE_TABLE}"
+        )
+
+    def apply(self, pod: Pod) -> Self:
+        index = self._device_index(pod)
+        if index is None:
+            raise OSError(errno.ENODEV, f"there is no device {self.device}")
+        fields = self._fields(index)
+        added = request(pod.netns, lambda kernel: kernel.route("add", **fields), {errno.EEXIST})
+        # IPv4 says EEXIST for any route of this metric, whatever its device and source.
+        if not added and self.missing(pod):
+            raise FileExistsError(errno.EEXIST, f"table {ROUTE_TABLE} holds another such route")
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        index = self._device_index(pod)
+        if index is not None:  # else the device took its routes along
+            fields = self._fields(index)
+            request(pod.netns, lambda kernel: kernel.route("del", **fields), _GONE)
+
+    def missing(self, pod: Pod) -> str | None:
+        routes = _routes_in(pod.netns, ipv6=self.ipv6)
+        return None if self in routes else "the route is gone"
+
+    def _device_index(self, pod: Pod) -> int | None:
+        indices = {name: index for index, name in device_names(pod.netns).items()}
+        return indices.get(self.device)
+
+    def _fields(self, index: int) -> dict[str, Any]:
+        return {
+            "family": _family(ipv6=self.ipv6),
+            "table": ROUTE_TABLE,
+            "type": _LOCAL,
+            "scope": 0 if self.ipv6 else _HOST_SCOPE,
+            "dst": "default",
+            "oif": index,
+            "priority": self.metric,
+            **({"prefsrc": self.source} if self.source else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _MarkRule:
+    """A rule of one family on the mark: what it does, as request fields and in words."""
+
+    kind: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.APPLY
+    priority: ClassVar[int]
+    action: ClassVar[Mapping[str, int]]
+    verb: ClassVar[str]
+
+    ipv6: bool
+
+    def describe(self) -> str:
+        mark = f"{LOOPBACK_MARK:#x}/{MARK_MASK:#x}"
+        return f"{_ip(ipv6=self.ipv6)} rule add fwmark {mark} pref {self.priority} {self.verb}"
+
+    def apply(self, pod: Pod) -> Self:
+        request(pod.netns, lambda kernel: kernel.rule("add", **self._fields()), {errno.EEXIST})
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        request(pod.netns, lambda kernel: kernel.rule("del", **self._fields()), _GONE)
+
+    def missing(self, pod: Pod) -> str | None:
+        rules = [rule for rule, _ in _rules_in(pod.netns, ipv6=self.ipv6)]
+        return None if self in rules else "the rule is gone"
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "family": _family(ipv6=self.ipv6),
+            "priority": self.priority,
+            "fwmark": LOOPBACK_MARK,
+            "fwmask": MARK_MASK,
+            **self.action,
+        }
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class Rule(_MarkRule):
+    """The rule that sends the mark to our table."""
+
+    kind: ClassVar[str] = "rule"
+    priority: ClassVar[int] = RULE_PRIORITY
+    action: ClassVar[Mapping[str, int]] = {"action": _TO_TABLE, "table": ROUTE_TABLE}
+    verb: ClassVar[str] = f"lookup {ROUTE_TABLE}"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class UnreachableRule(_MarkRule):
+    """The rule behind it: what is marked and found no route in our table goes nowhere."""
+
+    kind: ClassVar[str] = "unreachable-rule"
+    priority: ClassVar[int] = RULE_PRIORITY + 1
+    action: ClassVar[Mapping[str, int]] = {"action": _UNREACHABLE}
+    verb: ClassVar[str] = "unreachable"
+
+
+def delivery(network: PodNetwork, *, connects: bool) -> tuple[Step, ...]:
+    """What delivers the mark inside the pod, for each family it has.
+
+    `connects` tells that apps' own sockets carry the mark, so that routes choose the source and
+    device-bound sockets count; without it only replies do, and the route by lo is enough.
+    """
+    steps: list[Step] = []
+    for ipv6 in (False, True) if network.has_ipv6 else (False,):
+        steps += _routes(network, ipv6=ipv6) if connects else [_by_loopback(None, ipv6=ipv6)]
+        steps += [Rule(ipv6), UnreachableRule(ipv6)] if connects else [Rule(ipv6)]
+    return tuple(steps)
+
+
+def _by_loopback(source: str | None, *, ipv6: bool) -> Route:
+    return Route(ipv6, "lo", source, LOOPBACK_METRIC)
+
+
+def _routes(network: PodNetwork, *, ipv6: bool) -> list[Route]:
+    source = network.primary(ipv6=ipv6)
+    if source is None:
+        return []
+    usable = [d for d in network.devices if not (ipv6 and d in network.ipv4_only)]
+    return [
+        _by_loopback(source, ipv6=ipv6),
+        *(
+            Route(ipv6, d, network.primary(ipv6=ipv6, device=d), DEVICE_METRIC + n)
+            for n, d in enumerate(usable)
+        ),
+    ]
+
+
+def foreign(netns: Netns, recorded: Iterable[Step] = ()) -> list[str]:
+    """What stands in the place of our routes and rules and is not of our record."""
+    ours = tuple(recorded)
+    found: list[tuple[Route | Rule | UnreachableRule | None, str]] = []
+    with session(netns):
+        for ipv6 in (False, True):
+            found += [(r, f"a route in table {ROUTE_TABLE}") for r in _routes_in(netns, ipv6=ipv6)]
+            found += [(r, f"the ip rule {where}") for r, where in _rules_in(netns, ipv6=ipv6)]
+    return [what for step, what in found if step is None or step not in ours]
+
+
+def _routes_in(netns: Netns, *, ipv6: bool) -> list[Route | None]:
+    """The routes of our table; None for one that is not of our form."""
+    with routing(netns) as kernel:
+        messages = kernel.get_routes(family=_family(ipv6=ipv6), table=ROUTE_TABLE)
+        devices = device_names(netns)
+        return [_route_of(message, devices) for message in messages]
+
+
+def _rules_in(netns: Netns, *, ipv6: bool) -> list[tuple[Rule | UnreachableRule | None, str]]:
+    """The rules in the place of ours, and which; None for one that is not of our form."""
+    with routing(netns) as kernel:
+        messages = list(kernel.get_rules(family=_family(ipv6=ipv6)))
+    rules = []
+    for message in messages:
+        found = _rule_of(message)
+        priority, table = message.get_attr("FRA_PRIORITY"), message.get_attr("FRA_TABLE")
+        if found or priority == RULE_PRIORITY or table == ROUTE_TABLE:
+            rules.append((found, f"pref {priority} lookup {table}"))
+    return rules
+
+
+def _route_of(message: Any, devices: dict[int, str]) -> Route | None:
+    if message["type"] != _LOCAL or message["dst_len"]:
+        return None
+    return Route(
+        ipv6=message["family"] == socket.AF_INET6,
+        device=devices.get(message.get_attr("RTA_OIF"), ""),
+        source=message.get_attr("RTA_PREFSRC"),
+        metric=message.get_attr("RTA_PRIORITY") or 0,
+    )
+
+
+def _rule_of(message: Any) -> Rule | UnreachableRule | None:
+    selector = (message.get_attr("FRA_FWMARK"), message.get_attr("FRA_FWMASK"))
+    if selector != (LOOPBACK_MARK, MARK_MASK):
+        return None
+    found = {"action": message["action"], "table": message.get_attr("FRA_TABLE")}
+    for rule in (Rule, UnreachableRule):
+        at_its_place = message.get_attr("FRA_PRIORITY") == rule.priority
+        if at_its_place and rule.action.items() <= found.items():
+            return rule(message["family"] == socket.AF_INET6)
+    return None

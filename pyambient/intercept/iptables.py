@@ -1,0 +1,271 @@
+"""Backend "iptables": Istio's rules in the pod, for kernels and nodes without eBPF.
+
+General theory of operation
+---------------------------
+Only TCP is redirected. Outbound, nat OUTPUT sends every new connection of an app to 15001;
+inbound, nat PREROUTING sends those from outside to 15006, and leaves 15008 alone. The proxy's
+own sockets are known by their mark (any container with CAP_NET_RAW can set it: only backend "bpf"
+does without that trust). A connection from the proxy to the app keeps the client's address, so
+the app's answers would leave the pod: mangle PREROUTING notes the proxy's mark on the conntrack
+entry, mangle OUTPUT puts our loopback mark on the answers, and a rule delivers them on lo.
+
+Two things differ from Istio. Redirects match `--syn`: a connection from before the enrolment,
+which conntrack takes for new at its next packet, goes on untouched. And the rules come in three
+transactions, one per stage, so that the redirects can be withdrawn while the rest keeps live
+connections working. Connections that were redirected survive that, too: netfilter consults nat
+rules for a connection's first packet only. What must stay are the base chains: without any in
+the namespace, the kernel stops translating. So the tables go last (`NftTables`).
+
+A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
+127.0.0.1 by that device. It does not bypass the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from pyambient.errors import PyambientError
+from pyambient.model.numbers import (
+    HBONE_PORT,
+    INBOUND_PORT,
+    LOOPBACK_MARK,
+    MARK_MASK,
+    OUTBOUND_PORT,
+    PROBE_ADDRESS_V4,
+    PROBE_ADDRESS_V6,
+    PROXY_MARK,
+)
+
+from . import nf_tables
+from .fib import delivery
+from .interface import Plan, Pod, PodNetwork, Stage, Step, step
+from .iptables_tools import choose_variant, run, tool
+from .sysctl import ReservedPorts
+
+_INBOUND, _OUTBOUND = "ISTIO_PRERT", "ISTIO_OUTPUT"
+_HOOKS = {_INBOUND: "PREROUTING", _OUTBOUND: "OUTPUT"}
+_PROXY = f"{PROXY_MARK:#x}/{MARK_MASK:#x}"
+_LOOPBACK = f"{LOOPBACK_MARK:#x}/{MARK_MASK:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Chains:
+    """Chains of ours in one table with their rules, made and taken away in one transaction.
+
+    `variant` is as `choose_variant` gives it.
+    """
+
+    kind: ClassVar[str]
+    stage: ClassVar[Stage]
+    table: ClassVar[str]
+    chains: ClassVar[tuple[str, ...]]
+
+    ipv6: bool
+    variant: str
+    rules: tuple[str, ...]
+
+    def describe(self) -> str:
+        what = f"{self.table} {' '.join(self.chains)}"
+        return f"{self._tool('restore')} -w --noflush <<END  # {what}\n{self._transaction()}END"
+
+    def apply(self, pod: Pod) -> Self:
+        try:
+            self._restore(pod, self._transaction())
+        except PyambientError:
+            if self.missing(pod) is not None:
+                self._repair(pod)
+        return self
+
+    def _repair(self, pod: Pod) -> None:
+        """Make what is left of the chains whole, in one transaction: no packet slips past."""
+        made_or_emptied = [f":{chain} - [0:0]" for chain in self.chains]
+        jumps = [f"-D{line[2:]}" for line in self._saved(pod) if _jumps_to(line, self.chains)]
+        lines = [*made_or_emptied, *jumps, *self._jumps(), *self.rules]
+        self._restore(pod, self._document(lines))
+
+    def undo(self, pod: Pod) -> None:
+        """Delete the chains and whatever jumps to them, as far as they are there."""
+        saved = self._saved(pod)
+        present = [c for c in self.chains if any(line.startswith(f":{c} ") for line in saved)]
+        jumps = [f"-D{line[2:]}" for line in saved if _jumps_to(line, self.chains)]
+        if present:
+            removal = [*jumps, *(f"-F {c}" for c in present), *(f"-X {c}" for c in present)]
+            self._restore(pod, self._document(removal))
+
+    def missing(self, pod: Pod) -> str | None:
+        rules = [*self._jumps(), *self.rules]
+        try:
+            self._restore(pod, self._document([f"-C{rule[2:]}" for rule in rules]))
+        except PyambientError as error:
+            # Line 1 of the document names the table.
+            line = re.search(r"line:? (\d+)", error.what)
+            return f"no rule {rules[int(line[1]) - 2]}" if line else error.what
+        return None
+
+    def _transaction(self) -> str:
+        return self._document([*(f"-N {c}" for c in self.chains), *self._jumps(), *self.rules])
+
+    def _document(self, lines: Iterable[str]) -> str:
+        return "\n".join([f"*{self.table}", *lines, "COMMIT\n"])
+
+    def _jumps(self) -> list[str]:
+        return [f"-A {_HOOKS[chain]} -j {chain}" for chain in self.chains]
+
+    def _saved(self, pod: Pod) -> list[str]:
+        return run(pod.netns, self._tool("save"), "-t", self.table).splitlines()
+
+    def _restore(self, pod: Pod, document: str) -> None:
+        run(pod.netns, self._tool("restore"), "-w", "--noflush", text=document)
+
+    def _tool(self, action: str) -> str:
+        return tool(action, self.variant, ipv6=self.ipv6)
+
+
+def _jumps_to(line: str, chains: tuple[str, ...]) -> bool:
+    """Whether a line of iptables-save is a rule of a foreign chain that jumps to one of ours."""
+    words = line.split()
+    return words[:1] == ["-A"] and words[1] not in chains and words[-1] in chains
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class ReplyMarks(_Chains):
+    """What brings the answers of an app back to the proxy that speaks with the client's address."""
+
+    kind: ClassVar[str] = "iptables-reply-marks"
+    stage: ClassVar[Stage] = Stage.APPLY
+    table: ClassVar[str] = "mangle"
+    chains: ClassVar[tuple[str, ...]] = (_INBOUND, _OUTBOUND)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class InboundRedirect(_Chains):
+    """New TCP connections from outside reach 15006; HBONE and health probes pass."""
+
+    kind: ClassVar[str] = "iptables-inbound"
+    stage: ClassVar[Stage] = Stage.STEER
+    table: ClassVar[str] = "nat"
+    chains: ClassVar[tuple[str, ...]] = (_INBOUND,)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class OutboundRedirect(_Chains):
+    """New TCP connections of the apps reach 15001; those to the pod itself pass."""
+
+    kind: ClassVar[str] = "iptables-outbound"
+    stage: ClassVar[Stage] = Stage.GATE
+    table: ClassVar[str] = "nat"
+    chains: ClassVar[tuple[str, ...]] = (_OUTBOUND,)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class NftTables:
+    """The tables and base chains that iptables-nft makes on its way and never takes away.
+
+    `before` holds those that were there already, as `nat` and `nat/OUTPUT`.
+    """
+
+    kind: ClassVar[str] = "iptables-nft-tables"
+    stage: ClassVar[Stage] = Stage.APPLY
+
+    ipv6: bool
+    before: tuple[str, ...] | None = field(default=None, compare=False)
+
+    def describe(self) -> str:
+        family = "ip6" if self.ipv6 else "ip"
+        return f"# nft delete table {family} {{nat,mangle}} at the end, if they are empty then"
+
+    def observed(self, pod: Pod) -> Self:
+        if self.before is not None:
+            return self
+        names = set(nf_tables.tables(pod.netns, self._family))
+        chains = nf_tables.chains(pod.netns, self._family)
+        names.update(f"{chain.table}/{chain.name}" for chain in chains)
+        return dataclasses.replace(self, before=tuple(sorted(names)))
+
+    def apply(self, pod: Pod) -> Self:
+        """Change nothing: the steps that follow make the tables."""
+        return self.observed(pod)
+
+    def undo(self, pod: Pod) -> None:
+        if self.before is None:
+            return
+        chains = nf_tables.chains(pod.netns, self._family)
+        for table in ("nat", "mangle"):
+            made = [c.name for c in chains if c.table == table and c.name in _HOOKS.values()]
+            made = [name for name in made if f"{table}/{name}" not in self.before]
+            if made:
+                absent = table not in self.before
+                nf_tables.delete_if_empty(pod.netns, self._family, table, made, with_table=absent)
+
+    def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - nothing that could be missing
+        return None
+
+    @property
+    def _family(self) -> int:
+        return nf_tables.NFPROTO_IPV6 if self.ipv6 else nf_tables.NFPROTO_IPV4
+
+
+class Iptables:
+    """Plans Istio's in-pod rules for a pod; `variant` None takes what suits the pod."""
+
+    name: ClassVar[str] = "iptables"
+
+    def __init__(self, variant: str | None = None) -> None:
+        self.variant = variant
+
+    def plan(self, pod: Pod, network: PodNetwork) -> Plan:
+        variant = choose_variant(pod.netns) if self.variant is None else self.variant
+        steps: list[Step] = [ReservedPorts(), *delivery(network, connects=False)]
+        for ipv6 in (False, True) if network.has_ipv6 else (False,):
+            if variant == "nft":
+                steps.append(NftTables(ipv6))
+            steps += [
+                ReplyMarks(ipv6, variant, _reply_marks()),
+                InboundRedirect(ipv6, variant, _inbound(ipv6=ipv6)),
+                OutboundRedirect(ipv6, variant, _outbound(ipv6=ipv6)),
+            ]
+        return Plan(self.name, network, tuple(sorted(steps, key=lambda s: s.stage)))
+
+    def __repr__(self) -> str:
+        return f"<Iptables {self.variant or 'of the pod'}>"
+
+
+def _reply_marks() -> tuple[str, ...]:
+    whole = "--nfmask 0xffffffff --ctmask 0xffffffff"
+    return (
+        f"-A {_INBOUND} -m mark --mark {_PROXY} -j CONNMARK --set-xmark {_LOOPBACK}",
+        f"-A {_OUTBOUND} -m connmark --mark {_LOOPBACK} -j CONNMARK --restore-mark {whole}",
+    )
+
+
+def _inbound(*, ipv6: bool) -> tuple[str, ...]:
+    localhost, probe = _addresses(ipv6=ipv6)
+    new = f"! -d {localhost} -p tcp --syn ! --dport {HBONE_PORT} -m mark ! --mark {_PROXY}"
+    return (
+        f"-A {_INBOUND} -s {probe} -p tcp -j ACCEPT",
+        f"-A {_INBOUND} {new} -j REDIRECT --to-ports {INBOUND_PORT}",
+    )
+
+
+def _outbound(*, ipv6: bool) -> tuple[str, ...]:
+    localhost, probe = _addresses(ipv6=ipv6)
+    new = f"! -d {localhost} -p tcp --syn -m mark ! --mark {_PROXY}"
+    return (
+        f"-A {_OUTBOUND} -d {probe} -p tcp -j ACCEPT",
+        f"-A {_OUTBOUND} -p tcp -m mark --mark {_LOOPBACK} -j ACCEPT",
+        f"-A {_OUTBOUND} ! -d {localhost} -o lo -j ACCEPT",
+        f"-A {_OUTBOUND} {new} -j REDIRECT --to-ports {OUTBOUND_PORT}",
+    )
+
+
+def _addresses(*, ipv6: bool) -> tuple[str, str]:
+    """Localhost, and where the node's health probes come from."""
+    return ("::1/128", PROBE_ADDRESS_V6) if ipv6 else ("127.0.0.1/32", PROBE_ADDRESS_V4)

@@ -1,0 +1,219 @@
+"""Maps, links and pins: what stays in the kernel when the loader is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from . import libbpf
+
+_INFO_BYTES: Final = 256
+_MOST_PROGRAMS: Final = 64
+_MOST_MAPS: Final = 16
+
+
+class AttachType(enum.IntEnum):
+    """Where a program can be linked to (enum bpf_attach_type)."""
+
+    SOCK_CREATE = 2
+    SOCK_OPS = 3
+    BIND4 = 8
+    BIND6 = 9
+    CONNECT4 = 10
+    CONNECT6 = 11
+    SK_LOOKUP = 36
+
+
+class LinkType(enum.IntEnum):
+    """What a link is attached to (enum bpf_link_type); more exist than are made here."""
+
+    CGROUP = 3
+    NETNS = 5
+
+
+def _info(fd: int, question: bytes = b"") -> bytes:
+    """What the kernel says of an fd, as struct bpf_{map,link,prog}_info.
+
+    It is zero beyond what this kernel knows. `question` is the struct with the places to which
+    the kernel shall copy lists.
+    """
+    raw = ctypes.create_string_buffer(question, _INFO_BYTES)
+    size = ctypes.c_uint32(_INFO_BYTES)
+    libbpf.call("bpf_obj_get_info_by_fd", fd, raw, ctypes.byref(size))
+    return raw.raw
+
+
+class KernelObject:
+    """An fd of a map or a link; close it, or use it as a context manager."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Take over `fd`; `name` is for people."""
+        self.fd = fd
+        self.name = name
+
+    @classmethod
+    def open_pinned(cls, path: Path) -> Self | None:
+        """What is pinned at `path`, or None if nothing is."""
+        try:
+            return cls(libbpf.call("bpf_obj_get", os.fsencode(path)), path.name)
+        except FileNotFoundError:
+            return None
+
+    def pin(self, path: Path) -> None:
+        """Keep it in the kernel for as long as the file `path` exists."""
+        libbpf.call("bpf_obj_pin", self.fd, os.fsencode(path))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} fd {self.fd}>"
+
+
+class Map(KernelObject):
+    """A BPF map; keys and values are packed bytes."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(fd, name)
+        fields = struct.unpack_from("=6I", _info(fd))
+        self.kind, self.identifier, self.key_size, self.value_size, self.max_entries, _ = fields
+
+    @classmethod
+    def open_by_identifier(cls, identifier: int) -> Self:
+        """The map with this id, under the name it was made with."""
+        fd = libbpf.call("bpf_map_get_fd_by_id", identifier)
+        return cls(fd, _info(fd)[24:40].partition(b"\0")[0].decode(errors="replace"))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(type, key size, value size): maps that differ here cannot stand in for each other."""
+        return (self.kind, self.key_size, self.value_size)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value, or None; of a map of sockets it is the socket's cookie."""
+        value = ctypes.create_string_buffer(self.value_size)
+        try:
+            libbpf.call("bpf_map_lookup_elem", self.fd, key, value)
+        except FileNotFoundError:
+            return None
+        return value.raw
+
+    def put(self, key: bytes, value: bytes) -> None:
+        libbpf.call("bpf_map_update_elem", self.fd, key, value, 0)
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key; one that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            libbpf.call("bpf_map_delete_elem", self.fd, key)
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys; one that another process removes meanwhile may restart the walk."""
+        key: bytes | None = None
+        for _ in range(2 * self.max_entries):
+            following = ctypes.create_string_buffer(self.key_size)
+            try:
+                libbpf.call("bpf_map_get_next_key", self.fd, key, following)
+            except FileNotFoundError:
+                return
+            key = following.raw
+            yield key
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """What a link joins; `target` is a cgroup's id or a namespace's inode, 0 once that is gone."""
+
+    kind: int
+    identifier: int
+    program: int
+    target: int
+    attach_type: int
+
+
+class Link(KernelObject):
+    """A program attached to a cgroup or network namespace for as long as an fd or a pin is left."""
+
+    @classmethod
+    def create(cls, program: int, target: int, attach_type: AttachType) -> Self:
+        """Attach the program fd to the cgroup or namespace fd `target`."""
+        fd = libbpf.call("bpf_link_create", program, target, attach_type, None)
+        return cls(fd, attach_type.name.lower())
+
+    def info(self) -> LinkInfo:
+        raw = _info(self.fd)
+        kind, identifier, program = struct.unpack_from("=III", raw)
+        if kind == LinkType.CGROUP:
+            target, attach_type = struct.unpack_from("=QI", raw, 16)
+        else:
+            target, attach_type = struct.unpack_from("=II", raw, 16)
+        return LinkInfo(kind, identifier, program, target, attach_type)
+
+
+def link_infos() -> Iterator[LinkInfo]:
+    """Every cgroup and network namespace link of the machine (needs CAP_SYS_ADMIN)."""
+    identifier = ctypes.c_uint32(0)
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            libbpf.call("bpf_link_get_next_id", identifier.value, ctypes.byref(identifier))
+            with contextlib.suppress(FileNotFoundError), _link_of(identifier.value) as link:
+                info = link.info()
+                if info.kind in set(LinkType):
+                    yield info
+
+
+def _link_of(identifier: int) -> Link:
+    return Link(libbpf.call("bpf_link_get_fd_by_id", identifier), f"id {identifier}")
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInfo:
+    """A loaded program: its name, cut off after 15 characters, and the ids of its maps."""
+
+    name: str
+    maps: tuple[int, ...]
+
+
+def program_info(identifier: int) -> ProgramInfo | None:
+    """What is known of a program (struct bpf_prog_info), or None if it is gone."""
+    try:
+        fd = libbpf.call("bpf_prog_get_fd_by_id", identifier)
+    except FileNotFoundError:
+        return None
+    maps = (ctypes.c_uint32 * _MOST_MAPS)()
+    question = bytearray(_INFO_BYTES)
+    struct.pack_into("=IQ", question, 52, _MOST_MAPS, ctypes.addressof(maps))
+    with KernelObject(fd, "program") as program:
+        answer = _info(program.fd, bytes(question))
+    (count,) = struct.unpack_from("=I", answer, 52)
+    name = answer[64:80].partition(b"\0")[0].decode(errors="replace")
+    return ProgramInfo(name, tuple(maps[: min(count, _MOST_MAPS)]))
+
+
+def effective_programs(cgroup: int, attach_type: AttachType) -> tuple[int, ...]:
+    """Ids of the programs that run for `cgroup` (an fd), those of its ancestors included."""
+    count = ctypes.c_uint32(_MOST_PROGRAMS)
+    identifiers = (ctypes.c_uint32 * _MOST_PROGRAMS)()
+    effective = 1  # BPF_F_QUERY_EFFECTIVE
+    arguments = (cgroup, attach_type, effective, None, identifiers, ctypes.byref(count))
+    try:
+        libbpf.call("bpf_prog_query", *arguments)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    return tuple(identifiers[: min(count.value, _MOST_PROGRAMS)])

@@ -1,0 +1,194 @@
+"""What must hold before a pod is touched; each breach is one line that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from pyambient.errors import NeedsRoot, PyambientError, UnsupportedFeature, UsageError
+from pyambient.model.numbers import (
+    DNS_PORT,
+    HBONE_PORT,
+    INBOUND_PORT,
+    OUTBOUND_PORT,
+    ROUTE_TABLE,
+)
+from pyambient.netns import Netns
+
+from .fib import foreign
+from .interface import Pod, Site
+from .iptables_tools import legacy_tables, run, tool
+from .mounts import is_on
+from .nf_tables import NFPROTO_UNSPEC, chains
+from .processes import Process, processes_in
+from .survey import ipv6_devices
+from .sysctl import read
+
+_SIOCGIFFLAGS: Final = 0x8913
+_IFF_UP: Final = 0x1
+_LO_WITHOUT_IPV6: Final = "net.ipv6.conf.lo.disable_ipv6"
+_NAMED_AT_MOST: Final = 5
+_LISTENERS: Final = (
+    (socket.SOCK_STREAM, OUTBOUND_PORT),
+    (socket.SOCK_STREAM, INBOUND_PORT),
+    (socket.SOCK_STREAM, HBONE_PORT),
+    (socket.SOCK_STREAM, DNS_PORT),
+    (socket.SOCK_DGRAM, DNS_PORT),
+)
+
+
+def preflight(pod: Pod, site: Site, backend: str) -> None:
+    """Raise the PyambientError that keeps this pod from being enrolled with this backend.
+
+    Nothing is changed. That the pod is not enrolled yet is for the caller to know.
+    """
+    if os.geteuid() != 0:
+        raise NeedsRoot("enroll")
+    _check_not_the_host(pod.netns)
+    _check_loopback(pod.netns)
+    if backend == "bpf":
+        _check_cgroup(pod.netns, site)
+    _check_ports(pod.netns)
+    _check_chains(pod.netns)
+    _check_routing(pod.netns)
+
+
+def _check_not_the_host(netns: Netns) -> None:
+    if netns.key in _host_keys():
+        raise UsageError(
+            f"{netns.name} is the host's own network namespace",
+            "give a pod's: list them with 'ip netns' or 'lsns -t net'",
+        )
+
+
+def _host_keys() -> Iterator[tuple[int, int]]:
+    """Our own namespace, and the first process's where we may look at it (containers may not)."""
+    with Netns.own() as own:
+        yield own.key
+    with contextlib.suppress(UsageError), Netns.open("pid:1") as first:
+        yield first.key
+
+
+def _check_loopback(netns: Netns) -> None:
+    """Captured connections pass lo, whatever their destination."""
+    request = struct.pack("16sH14x", b"lo", 0)
+    with netns.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request)
+    if not struct.unpack_from("16xH", answer)[0] & _IFF_UP:
+        raise PyambientError(
+            f"lo is down in {netns.name}", f"run 'ip -n {netns.name} link set lo up'"
+        )
+    if read(netns, _LO_WITHOUT_IPV6) == "1" and ipv6_devices(netns):
+        raise PyambientError(
+            f"{netns.name} has IPv6, but not on lo",
+            f"run 'ip netns exec {netns.name} sysctl -w {_LO_WITHOUT_IPV6}=0'",
+        )
+
+
+def _check_cgroup(netns: Netns, site: Site) -> None:
+    """The hooks see the sockets of a cgroup2 sub-tree; all apps of the pod must be in it."""
+    if site.cgroup is None:
+        raise PyambientError(
+            "cgroup2 is not mounted",
+            "run 'mount -t cgroup2 none DIR' and give --cgroup DIR, or use --backend iptables",
+        )
+    if not is_on(site.cgroup, "cgroup2"):
+        raise UsageError(
+            f"--cgroup {site.cgroup} is not a cgroup2 directory", "see 'mount -t cgroup2'"
+        )
+    inside = site.cgroup.resolve()
+    outside = [
+        process
+        for process in processes_in(netns)
+        if process.cgroup is None or not process.cgroup.is_relative_to(inside)
+    ]
+    if outside:
+        raise PyambientError(
+            f"processes of {netns.name} are outside --cgroup {site.cgroup}: {_named(outside)}",
+            "give a --cgroup that holds them too, or move them with 'echo PID > .../cgroup.procs'",
+        )
+
+
+def _named(processes: Iterable[Process]) -> str:
+    names = [str(process) for process in processes]
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_ports(netns: Netns) -> None:
+    """Try what the proxy will do; a listener or a connection's own port is in its way."""
+    for kind, port in _LISTENERS:
+        try:
+            _bind(netns, kind, port)
+        except OSError as error:
+            protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
+            taken = error.errno == errno.EADDRINUSE
+            raise PyambientError(
+                f"{protocol} port {port} {'is taken' if taken else 'cannot be bound'}"
+                f" in {netns.name}{'' if taken else f': {error.strerror}'}",
+                f"stop what 'ss -{protocol[0]}anp sport = :{port}' shows there",
+            ) from None
+
+
+def _bind(netns: Netns, kind: int, port: int) -> None:
+    """Bind both families; where the kernel has no IPv6, IPv4."""
+    try:
+        probe, host = netns.socket(socket.AF_INET6, kind), "::"
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        probe, host = netns.socket(socket.AF_INET, kind), ""
+    with probe:
+        if host:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if kind == socket.SOCK_STREAM:
+            # As the proxy's listeners: connections that wait in TIME_WAIT are not in the way.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+def _check_chains(netns: Netns) -> None:
+    found = [*_foreign_chains(netns), *_foreign_legacy_chains(netns)]
+    if found:
+        raise PyambientError(
+            f"{netns.name} has rules of another mesh: {', '.join(found[:_NAMED_AT_MOST])}",
+            "take it out of that mesh, or delete these chains",
+        )
+
+
+def _foreign_chains(netns: Netns) -> list[str]:
+    """Istio's, whichever of its backends made them: iptables-nft, or its own nftables tables."""
+    try:
+        present = chains(netns, NFPROTO_UNSPEC)
+    except UnsupportedFeature:
+        return []
+    return [
+        f"{chain.table} {chain.name}"
+        for chain in present
+        if chain.name.startswith("ISTIO_") or chain.table.startswith("istio-ambient-")
+    ]
+
+
+def _foreign_legacy_chains(netns: Netns) -> list[str]:
+    found = []
+    for ipv6 in (False, True):
+        if legacy_tables(netns, ipv6=ipv6):
+            saved = run(netns, tool("save", "legacy", ipv6=ipv6))
+            chains = [line[1:].split()[0] for line in saved.splitlines() if line.startswith(":")]
+            found += [f"legacy {name}" for name in chains if name.startswith("ISTIO_")]
+    return found
+
+
+def _check_routing(netns: Netns) -> None:
+    found = foreign(netns)
+    if found:
+        raise PyambientError(
+            f"{netns.name} has {found[0]} that is not ours",
+            f"table {ROUTE_TABLE} and its rule are needed: move what uses them to another table",
+        )

@@ -1,0 +1,52 @@
+"""Which processes are in a network namespace, and in which cgroup2 directory each of them is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pyambient.netns import Netns
+
+
+class Process(NamedTuple):
+    """`cgroup` is the directory as mounted here; None for one that no mount here shows."""
+
+    pid: int
+    command: str
+    cgroup: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.command})"
+
+
+def processes_in(netns: Netns) -> Iterator[Process]:
+    """The processes whose main thread is in the namespace."""
+    mounts = list(_cgroup2_mounts())
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                status = (directory / "ns/net").stat()
+                if (status.st_dev, status.st_ino) == netns.key:
+                    command = (directory / "comm").read_text().strip()
+                    yield Process(int(directory.name), command, _cgroup(directory, mounts))
+
+
+def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:
+    """What of the hierarchy each mount of cgroup2 shows, and where (proc_pid_mountinfo(5))."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, kind = line.partition(" - ")
+        if kind.startswith("cgroup2 "):
+            _, _, _, root, mount_point, *_ = fields.split()
+            yield Path(root), Path(mount_point)
+
+
+def _cgroup(directory: Path, mounts: list[tuple[Path, Path]]) -> Path | None:
+    lines = (directory / "cgroup").read_text().splitlines()
+    paths = [Path(line.removeprefix("0::")) for line in lines if line.startswith("0::")]
+    for path in paths:
+        for root, mount_point in mounts:
+            if path.is_relative_to(root) and ".." not in path.parts:
+                return mount_point / path.relative_to(root)
+    return None

@@ -1,0 +1,63 @@
+"""Pods enrolled with the backend `iptables`, in the agent's order, and a null proxy for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Self
+
+from pyambient.intercept.interface import Plan, Pod, Stage, Step
+from pyambient.intercept.iptables import Iptables
+from pyambient.intercept.runner import apply_stages, refresh, undo_stages
+from pyambient.intercept.survey import survey
+from tests.bed import Bed, BedPod, Interception, NullProxy
+
+STEERING = (Stage.STEER, Stage.GATE)
+FOUNDATION = (Stage.PREPARE, Stage.APPLY)
+
+
+def target(pod: BedPod) -> Pod:
+    """The pod of the bed as the backends see it."""
+    return Pod(f"uid-{pod.name}", pod.netns)
+
+
+class IptablesMesh:
+    """Enrolled while the block runs; what is in each pod is in `recorded`."""
+
+    def __init__(self, bed: Bed, *pods: BedPod, variant: str | None = "nft") -> None:
+        self.bed = bed
+        self.pods = pods
+        self.interceptor = Iptables(variant)
+        self.recorded: dict[str, tuple[Step, ...]] = {}
+
+    def plan(self, pod: BedPod) -> Plan:
+        return self.interceptor.plan(target(pod), survey(pod.netns))
+
+    def enrol(self, pod: BedPod) -> None:
+        self.recorded[pod.name] = apply_stages(target(pod), self.plan(pod).steps)
+
+    def refresh(self, pod: BedPod) -> None:
+        """What the agent does when an address or device of the pod has changed."""
+        recorded = self.recorded[pod.name]
+        self.recorded[pod.name] = refresh(target(pod), recorded, self.plan(pod))
+
+    def close(self, pod: BedPod, stages: Collection[Stage]) -> None:
+        """Undo these stages of the pod's enrolment."""
+        recorded = self.recorded[pod.name]
+        undo_stages(target(pod), recorded, stages)
+        self.recorded[pod.name] = tuple(step for step in recorded if step.stage not in stages)
+
+    def intercepted(self) -> list[Interception]:
+        return self.proxy.accepted()
+
+    def __enter__(self) -> Self:
+        self.proxy = NullProxy.of(self.bed, self.pods, netfilter=True)
+        for pod in self.pods:
+            self.enrol(pod)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pod in self.pods:
+            self.close(pod, STEERING)
+        self.proxy.child.kill()
+        for pod in self.pods:
+            self.close(pod, FOUNDATION)
