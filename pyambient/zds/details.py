@@ -1,0 +1,138 @@
+"""What ZDS cannot say: our own second channel between agent and proxy, as JSON packets.
+
+One packet of a SOCK_SEQPACKET socket is one JSON object. The agent asks, the proxy answers; an
+answer repeats the question's `id`, so a drain that takes its time holds nothing else up. A proxy
+of another make never connects here, and is served by ZDS alone.
+
+    {"id": 1, "describe": "<uid>", "details": {"backend": "bpf", "addresses": [...], "network": ""}}
+    {"id": 2, "drain": "<uid>", "timeout": 30.0}
+    {"id": 3, "status": "<uid>"}
+    {"id": 3, "result": ...}    or    {"id": 3, "error": "one line"}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+# An address takes under 50 bytes: room for a thousand of them, and bounded.
+PACKET_LIMIT: Final = 64 << 10
+
+
+class DetailsError(Exception):
+    """The other end sent something that is no message of this channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class PodDetails:
+    """How a pod is intercepted, and its own addresses in canonical text."""
+
+    backend: str
+    addresses: tuple[str, ...]
+    network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Sent before the pod's ZDS Add, and again whenever its details change."""
+
+    uid: str
+    details: PodDetails
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Accept no more for this pod and wait; the result is the number of connections left.
+
+    `timeout` is in seconds.
+    """
+
+    uid: str
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The result is an object for people."""
+
+    uid: str
+
+
+Question = Describe | Drain | Status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The proxy's answer to question `id`; `error` is empty when `result` counts."""
+
+    id: int
+    result: Any = None
+    error: str = ""
+
+
+def encode_question(number: int, question: Question) -> bytes:
+    match question:
+        case Describe(uid, details):
+            fields: dict[str, Any] = {"describe": uid, "details": _details_fields(details)}
+        case Drain(uid, timeout):
+            fields = {"drain": uid, "timeout": timeout}
+        case Status(uid):
+            fields = {"status": uid}
+    return _encode({"id": number, **fields})
+
+
+def _details_fields(details: PodDetails) -> dict[str, Any]:
+    return {
+        "backend": details.backend,
+        "addresses": list(details.addresses),
+        "network": details.network,
+    }
+
+
+def decode_question(packet: bytes) -> tuple[int, Question]:
+    """The question and the id its answer must repeat."""
+    match _decode(packet):
+        case {
+            "id": int(number),
+            "describe": str(uid),
+            "details": {"backend": str(backend), "addresses": [*addresses], **more},
+        }:
+            texts = tuple(str(address) for address in addresses)
+            return number, Describe(uid, PodDetails(backend, texts, str(more.get("network", ""))))
+        case {"id": int(number), "drain": str(uid), "timeout": int() | float() as timeout}:
+            return number, Drain(uid, float(timeout))
+        case {"id": int(number), "status": str(uid)}:
+            return number, Status(uid)
+    raise DetailsError("a packet that asks nothing known")
+
+
+def encode_answer(answer: Answer) -> bytes:
+    if answer.error:
+        return _encode({"id": answer.id, "error": answer.error})
+    return _encode({"id": answer.id, "result": answer.result})
+
+
+def decode_answer(packet: bytes) -> Answer:
+    match _decode(packet):
+        case {"id": int(number), "error": str(error)}:
+            return Answer(number, error=error)
+        case {"id": int(number), "result": result}:
+            return Answer(number, result)
+    raise DetailsError("a packet that answers nothing")
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    packet = json.dumps(message, separators=(",", ":")).encode()
+    if len(packet) > PACKET_LIMIT:
+        raise DetailsError(f"a message of {len(packet)} bytes, the limit is {PACKET_LIMIT}")
+    return packet
+
+
+def _decode(packet: bytes) -> Any:
+    if len(packet) > PACKET_LIMIT:
+        raise DetailsError("a packet longer than the limit")
+    try:
+        return json.loads(packet)
+    except ValueError:
+        raise DetailsError("a packet that is not JSON") from None
