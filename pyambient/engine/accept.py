@@ -1,0 +1,125 @@
+"""Listening sockets and connecting sockets on the loop."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+
+from pyambient.model.address import SocketAddress, from_sockaddr
+
+from .deadlines import Deadline, Deadlines
+from .loop import IN, OUT, Loop
+
+_ACCEPTS_A_TURN = 64
+# What accept(2) says of one connection or of a shortage; the listener itself is all right.
+_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+Accepted = Callable[[socket.socket, SocketAddress], None]
+
+
+class Listener:
+    """A listening socket; `accepted(socket, peer)` gets each connection, non-blocking.
+
+    When descriptors run out it stops accepting for as long as `pause` says: accept(2) would
+    report the same connection again at once, and the loop would spin.
+    """
+
+    def __init__(
+        self, loop: Loop, sock: socket.socket, accepted: Accepted, pause: Deadlines
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._accepted = accepted
+        self._pause = pause
+        self._paused: Deadline | None = None
+        self.shortages = 0
+        sock.setblocking(False)
+        loop.watch(sock.fileno(), self._on_events, IN)
+
+    def _on_events(self, _mask: int) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                connection, sockaddr = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _SHORTAGE:
+                    self._stop_for_a_moment()
+                    return
+                continue
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._accepted(connection, from_sockaddr(sockaddr))
+
+    def _stop_for_a_moment(self) -> None:
+        self.shortages += 1
+        self._loop.unwatch(self._sock.fileno())
+        self._paused = self._pause.start(self._go_on)
+
+    def _go_on(self) -> None:
+        self._paused = None
+        self._loop.watch(self._sock.fileno(), self._on_events, IN)
+
+    def close(self) -> None:
+        """Stop listening; connections already accepted live on."""
+        if self._paused is not None:
+            self._paused.cancel()
+        if self._sock.fileno() >= 0:
+            self._loop.unwatch(self._sock.fileno())
+            self._sock.close()
+
+    def __repr__(self) -> str:
+        state = "paused: out of descriptors" if self._paused is not None else "accepting"
+        return f"<Listener fd {self._sock.fileno()}, {state}>"
+
+
+class Dial:
+    """One connect(2) under way; `done(error)` is called once, with None when it succeeded.
+
+    The socket is the caller's again when `done` is called, and when `cancel()` returns.
+    """
+
+    __slots__ = ("_deadline", "_done", "_fd", "_loop", "_sock")
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        destination: SocketAddress,
+        timeouts: Deadlines,
+        done: Callable[[OSError | None], None],
+    ) -> None:
+        """Start connecting non-blocking `sock`; OSError if that fails at once."""
+        self._loop = loop
+        self._sock = sock
+        self._done = done
+        self._fd = sock.fileno()
+        code = sock.connect_ex(destination.sockaddr())
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        self._deadline = timeouts.start(self._expired)
+        loop.watch(self._fd, self._on_events, OUT)
+
+    def _on_events(self, _mask: int) -> None:
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self._end(OSError(code, os.strerror(code)) if code else None)
+
+    def _expired(self) -> None:
+        self._end(TimeoutError(errno.ETIMEDOUT, "connection timed out"))
+
+    def _end(self, error: OSError | None) -> None:
+        self.cancel()
+        self._done(error)
+
+    def crashed(self, error: BaseException) -> None:
+        """The caller's `done` raised; it has the socket already."""
+
+    def cancel(self) -> None:
+        """Stop watching; `done` is not called any more."""
+        self._deadline.cancel()
+        self._loop.unwatch(self._fd)
+
+    def __repr__(self) -> str:
+        return f"<Dial on fd {self._fd}>"

@@ -1,0 +1,225 @@
+"""A tunnel: one HBONE connection on its socket, from after the handshake to its end.
+
+General theory of operation
+---------------------------
+A tunnel joins a `TlsTransport` (bytes on the wire) with an `hbone.Connection` (frames and
+streams). Reading: the loop says readable, `fill` decrypts into the loop's shared buffer, the
+connection cuts it into frames and calls each stream's sink, which is a relay. Writing: relays
+read app bytes straight into the connection's output, behind a frame header, and the tunnel
+encrypts and sends that output once a turn.
+
+Backpressure towards the apps: while the socket takes no more, the tunnel is `blocked`; relays
+that want to read then `park` themselves and are queued again when it is free. Backpressure from
+the apps is HTTP/2's own: a relay credits only what its app has taken.
+
+A tunnel ends once, by `close(reason)`, whoever calls it: every stream's sink is reset, the socket
+is closed, `closed` is set. trio tasks wait for `closed`; nothing on the byte path waits.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from pyambient.hbone import Connection, ErrorCode, RemoteProtocolError
+from pyambient.model.address import SocketAddress
+from pyambient.model.numbers import PING_INTERVAL, PING_TIMEOUT
+
+from .loop import GONE, IN, OUT, Loop
+from .tls import Fill, SharedBuffers, TlsError, TlsTransport
+
+_FILLS_A_TURN = 16
+_FLUSH_AT = 64 << 10
+
+
+class Parked(Protocol):
+    """A relay that waits for a blocked tunnel."""
+
+    def resume(self) -> None: ...
+
+
+class Tunnel:
+    """One HBONE connection on the loop; see the top of this file."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        transport: TlsTransport,
+        connection: Connection,
+        buffers: SharedBuffers,
+        peer: SocketAddress,
+    ) -> None:
+        """Take over the transport's socket; call `start()` when all is wired up."""
+        self.loop = loop
+        self.connection = connection
+        self.peer = peer
+        self.closed = trio.Event()
+        self.reason = ""
+        self.on_close: Callable[[Tunnel], None] | None = None
+        self._transport = transport
+        self._plain = buffers.plain_view
+        self._sock: socket.socket = transport.sock
+        self._fd = transport.sock.fileno()
+        self._watching_out = False
+        self._parked: list[Parked] = []
+        self._farewell = ""
+
+    @property
+    def blocked(self) -> bool:
+        return self._transport.blocked
+
+    @property
+    def is_closed(self) -> bool:
+        return self._fd < 0
+
+    def start(self) -> None:
+        """Send the connection's first frames and begin to read."""
+        self.connection.start()
+        self.loop.watch(self._fd, self.on_events, IN)
+        self.loop.call_soon(self.read)
+        self.loop.flush_soon(self)
+
+    def on_events(self, mask: int) -> None:
+        if mask & OUT:
+            self.flush()
+        if mask & (IN | GONE) and self._fd >= 0:
+            self.read()
+
+    def read(self) -> None:
+        """Decrypt and process what has arrived, a bounded number of buffers a turn."""
+        if self._fd < 0:
+            return
+        try:
+            again = self._read()
+        except RemoteProtocolError as error:
+            self._end_after_goaway(f"HTTP/2 error of the peer: {error}")
+        except TlsError as error:
+            self.close(f"tls error: {error}")
+        except OSError as error:
+            self.close(f"connection failed: {error.strerror}")
+        else:
+            if again:
+                self.loop.call_soon(self.read)
+
+    def _read(self) -> bool:
+        receive, fill = self.connection.receive, self._transport.fill
+        for _ in range(_FILLS_A_TURN):
+            count, state = fill()
+            if count:
+                receive(self._plain[:count])
+                self.loop.flush_soon(self)
+            if state is Fill.DRAINED:
+                return False
+            if state is Fill.EOF:
+                self.close("connection closed by the peer")
+                return False
+        return True
+
+    def flush(self) -> None:
+        """Encrypt and send what the connection has, as far as the socket takes it."""
+        if self._fd < 0:
+            return
+        try:
+            self._flush()
+        except TlsError as error:
+            self.close(f"tls error: {error}")
+        except OSError as error:
+            self.close(f"connection failed: {error.strerror}")
+
+    def _flush(self) -> None:
+        transport, connection = self._transport, self.connection
+        was_blocked = transport.blocked
+        if was_blocked and not transport.push():
+            return
+        pending = connection.pending
+        while len(pending):
+            taken = transport.send(pending)
+            connection.sent(taken)
+            if transport.blocked:
+                break
+            pending = connection.pending
+        self._watch_out(transport.blocked)
+        if was_blocked and not transport.blocked:
+            self._unpark()
+        if self._farewell and not transport.blocked:
+            self.loop.call_soon(self._leave)
+
+    def flush_if_full(self) -> None:
+        """Flush now if a good batch is waiting; relays call this between two reads."""
+        if len(self.connection.pending) >= _FLUSH_AT:
+            self.flush()
+
+    def park(self, relay: Parked) -> None:
+        """Resume `relay` when the tunnel is not blocked any more."""
+        self._parked.append(relay)
+
+    def _unpark(self) -> None:
+        parked, self._parked = self._parked, []
+        for relay in parked:
+            self.loop.call_soon(relay.resume)
+
+    def _watch_out(self, wanted: bool) -> None:  # noqa: FBT001 - a state, not an option
+        if wanted is not self._watching_out:
+            self._watching_out = wanted
+            self.loop.rewatch(self._fd, IN | OUT if wanted else IN)
+
+    def drain(self) -> None:
+        """Send GOAWAY: the peer opens nothing more here, what is open goes on."""
+        if self._fd >= 0:
+            self.connection.go_away()
+            self.loop.flush_soon(self)
+
+    def finish(self, reason: str) -> None:
+        """Close as soon as all that was said has gone out: for a connection that is drained.
+
+        The last END_STREAM may still wait as ciphertext for a blocked socket.
+        """
+        self._farewell = reason
+        self.loop.call_soon(self._leave)
+
+    def _leave(self) -> None:
+        if not self.blocked:
+            self.close(self._farewell)
+
+    def _end_after_goaway(self, reason: str) -> None:
+        self.flush()
+        self.close(reason)
+
+    def close(self, reason: str) -> None:
+        """End the tunnel: reset every stream, tell the peer if that needs no waiting."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        self.reason = reason
+        self.loop.unwatch(fd)
+        self.connection.connection_lost(ErrorCode.CONNECT_ERROR)
+        self._transport.shutdown()
+        self._sock.close()
+        self._unpark()
+        self.closed.set()
+        if self.on_close is not None:
+            self.on_close(self)
+
+    def crashed(self, error: BaseException) -> None:
+        """A handler of this tunnel raised: end it, spare the others."""
+        self.close(f"internal error: {error!r}")
+
+    async def keep_alive(self) -> None:
+        """PING the peer every 10 s; close the tunnel when 20 s bring no answer. Runs until then."""
+        allowed = int(PING_TIMEOUT // PING_INTERVAL)
+        while not self.is_closed:
+            with trio.move_on_after(PING_INTERVAL):
+                await self.closed.wait()
+                return
+            if self.connection.pings_unanswered >= allowed:
+                self.close("HBONE ping timeout: the peer has not answered for 20 s")
+                return
+            self.connection.ping(b"pyambien")
+            self.loop.flush_soon(self)
+
+    def __repr__(self) -> str:
+        state = f"closed ({self.reason})" if self.is_closed else "blocked" if self.blocked else "up"
+        return f"<Tunnel with {self.peer}, {self.connection.open_count} streams, {state}>"

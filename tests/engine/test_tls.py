@@ -1,0 +1,178 @@
+"""TLS transports over memory BIOs, by the raw and by the public calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+import pytest
+import trio
+
+from pyambient.engine.handshake import HandshakeFailed, handshake
+from pyambient.engine.tls import Fill, SharedBuffers, TlsError, TlsTransport
+from pyambient.identity.ca import EmbeddedAuthority
+from pyambient.identity.context import client_context, server_context
+from pyambient.model.spiffe import SpiffeId
+
+CLIENT = SpiffeId("cluster.local", "default", "client")
+SERVER = SpiffeId("cluster.local", "default", "server")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return EmbeddedAuthority.open(tmp_path_factory.mktemp("ca"), "cluster.local")
+
+
+@pytest.fixture
+def sockets():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    for sock in (client, accepted):
+        sock.setblocking(False)
+    yield client, accepted
+    client.close()
+    accepted.close()
+
+
+def handshaken(authority, sockets):
+    """The TLS connections of both ends, after a mutual handshake."""
+
+    async def both():
+        sessions = {}
+
+        async def one(name, sock, context, *, server):
+            sessions[name] = await handshake(sock, context, server=server)
+
+        client_cert = await authority.sign(CLIENT)
+        server_cert = await authority.sign(SERVER)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                client, server = sockets
+
+                async def run(name, sock, context, server):
+                    await one(name, sock, context, server=server)
+
+                nursery.start_soon(run, "client", client, client_context(client_cert), False)
+                nursery.start_soon(run, "server", server, server_context(server_cert), True)
+        return sessions["client"], sessions["server"]
+
+    return trio.run(both)
+
+
+@pytest.fixture(params=["raw", "public"])
+def pair(request, authority, sockets):
+    """Two transports joined by TCP, and the receive buffers of each."""
+    raw = request.param == "raw"
+    sessions = handshaken(authority, sockets)
+    buffers = SharedBuffers(), SharedBuffers()
+    transports = tuple(
+        TlsTransport(sock, session, own, raw=raw)
+        for sock, session, own in zip(sockets, sessions, buffers, strict=True)
+    )
+    kind = type(transports[0]._calls).__name__
+    assert kind == {"raw": "_RawCalls", "public": "_PublicCalls"}[request.param]
+    return transports, buffers
+
+
+def receive(transport, buffers, wanted):
+    """Fill until `wanted` bytes are there."""
+    data = b""
+    while len(data) < wanted:
+        count, state = transport.fill()
+        data += buffers.plain_view[:count]
+        assert state is not Fill.EOF
+    return data
+
+
+def test_small_messages_both_ways(pair):
+    (client, server), (client_buffers, server_buffers) = pair
+    assert client.send(memoryview(b"hello")) == 5
+    assert receive(server, server_buffers, 5) == b"hello"
+    assert server.send(memoryview(b"world")) == 5
+    assert receive(client, client_buffers, 5) == b"world"
+    assert client.fill() == (0, Fill.DRAINED)
+
+
+def test_bulk_arrives_whole_through_blocked_sockets(pair):
+    (client, server), (_, server_buffers) = pair
+    payload = os.urandom(24 << 20)
+    received = []
+    reader = threading.Thread(
+        target=lambda: received.append(receive(server, server_buffers, len(payload)))
+    )
+    view = memoryview(payload)
+    while not client.blocked:
+        view = view[client.send(view) :]
+    reader.start()
+    while view:
+        view = view[client.send(view) :]
+    while client.blocked:
+        client.push()
+    reader.join(20)
+    assert received == [payload]
+
+
+def test_fill_says_more_when_the_plain_buffer_is_full(pair):
+    (client, server), (_, server_buffers) = pair
+    payload = b"x" * (300 << 10)
+    view = memoryview(payload)
+    got, states = 0, []
+    while got < len(payload):
+        if view or client.blocked:
+            view = view[client.send(view) :] if view else view
+            client.push()
+        count, state = server.fill()
+        got += count
+        states.append(state)
+    assert got == len(payload)
+    del server_buffers
+
+
+def test_a_blocked_transport_takes_nothing_more(pair):
+    (client, _server), _ = pair
+    chunk = memoryview(bytes(256 << 10))
+    for _ in range(1000):
+        if client.send(chunk) == 0:
+            break
+    assert client.blocked
+    assert client.send(chunk) == 0
+
+
+def test_close_notify_and_a_bare_close_are_the_end(pair):
+    (client, server), _ = pair
+    client.shutdown()
+    assert server.fill() == (0, Fill.EOF)
+    server.sock.close()
+    # What the server sent last (session tickets) may come first; epoll would say readable again.
+    assert Fill.EOF in {client.fill()[1], client.fill()[1]}
+
+
+def test_garbage_from_the_peer_is_a_tls_error_with_a_reason(pair):
+    (client, server), _ = pair
+    client.sock.send(b"this is no TLS record at all, not even close")
+    with pytest.raises(TlsError, match=r"\w+"):
+        server.fill()
+
+
+def test_a_handshake_with_a_peer_that_speaks_no_tls_fails(authority, sockets):
+    async def main():
+        client, server = sockets
+        client.send(b"GET / HTTP/1.1\r\n\r\n")
+        context = server_context(await authority.sign(SERVER))
+        with trio.fail_after(5), pytest.raises(HandshakeFailed, match="(?i)http request|version"):
+            await handshake(server, context, server=True)
+
+    trio.run(main)
+
+
+def test_a_handshake_whose_peer_leaves_fails(authority, sockets):
+    async def main():
+        client, server = sockets
+        client.close()
+        context = server_context(await authority.sign(SERVER))
+        with trio.fail_after(5), pytest.raises(HandshakeFailed, match="closed the connection"):
+            await handshake(server, context, server=True)
+
+    trio.run(main)
