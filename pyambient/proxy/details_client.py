@@ -1,0 +1,118 @@
+"""The proxy's end of the details channel: a trio client that answers the agent's questions.
+
+Descriptions are taken in their order; a drain may take half a minute and runs beside them.
+A lost connection cancels running drains; the agent that returns asks again.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import trio
+
+from pyambient.errors import PyambientError
+from pyambient.observe.logs import get_logger
+from pyambient.zds.details import (
+    PACKET_LIMIT,
+    Answer,
+    Describe,
+    DetailsError,
+    Drain,
+    PodDetails,
+    Question,
+    Status,
+    decode_question,
+    encode_answer,
+)
+
+from .zds_client import keep_connected
+
+MAX_OUTSTANDING: Final = 256
+_log = get_logger("details")
+
+
+class DetailsHandler(Protocol):
+    """What answers the agent's questions; a PyambientError or OSError is the answer's error."""
+
+    def describe(self, uid: str, details: PodDetails) -> None:
+        """Note how the pod is intercepted, before its ZDS add and whenever that changes."""
+
+    async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109  the agent's number, waited out by the proxy
+        """Stop accepting, say GOAWAY, wait up to `timeout` seconds; the connections left."""
+
+    def status(self, uid: str) -> dict[str, Any]:
+        """What to show about the pod, as JSON values."""
+
+
+async def serve_details(
+    path: Path,
+    handler: DetailsHandler,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer the agent that listens at `path`, for ever; started at once, connected or not."""
+    task_status.started()
+
+    async def converse(connection: trio.socket.SocketType) -> bool:
+        return await _Conversation(connection, handler).run()
+
+    await keep_connected(path, converse)
+
+
+class _Conversation:
+    """One connection to the agent."""
+
+    def __init__(self, connection: trio.socket.SocketType, handler: DetailsHandler) -> None:
+        self._connection = connection
+        self._handler = handler
+        self._sending = trio.Lock()
+        self._room = trio.Semaphore(MAX_OUTSTANDING)
+
+    async def run(self) -> bool:
+        """Answer until the connection ends; whether anything was asked."""
+        heard = False
+        try:
+            async with trio.open_nursery() as nursery:
+                while packet := await self._receive():
+                    heard = True
+                    number, question = decode_question(packet)
+                    if isinstance(question, Drain):
+                        await self._room.acquire()
+                        nursery.start_soon(self._drain, number, question)
+                    else:
+                        await self._answer(number, question)
+                nursery.cancel_scope.cancel()
+        except* (DetailsError, OSError) as errors:
+            _log.warning("lost the agent", error="; ".join(map(str, errors.exceptions)))
+        return heard
+
+    async def _receive(self) -> bytes:
+        packet, _, flags, _ = await self._connection.recvmsg(PACKET_LIMIT)
+        if flags & socket.MSG_TRUNC:
+            raise DetailsError("a truncated packet")
+        return packet
+
+    async def _drain(self, number: int, question: Drain) -> None:
+        try:
+            await self._answer(number, question)
+        finally:
+            self._room.release()
+
+    async def _answer(self, number: int, question: Question) -> None:
+        try:
+            answer = Answer(number, await self._result(question))
+        except (PyambientError, OSError) as error:
+            answer = Answer(number, error=str(error) or type(error).__name__)
+        async with self._sending:
+            await self._connection.send(encode_answer(answer))
+
+    async def _result(self, question: Question) -> Any:
+        match question:
+            case Describe(uid, details):
+                return self._handler.describe(uid, details)
+            case Drain(uid, timeout):
+                return await self._handler.drain(uid, timeout)
+            case Status(uid):
+                return self._handler.status(uid)

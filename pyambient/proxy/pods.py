@@ -1,0 +1,240 @@
+"""The pods this proxy serves: started and stopped by the agent's word.
+
+General theory of operation
+---------------------------
+Each pod is one trio task with a nursery of its own (`Pod.run`): cancelling it ends everything of
+the pod and nothing of another. The agent's requests come over two channels: ZDS says add, remove
+and retain; the details channel, which a foreign agent does not have, says how the pod is
+intercepted, and drain. Listeners are bound before an add is acknowledged.
+
+Draining keeps the order that breaks no connection: stop accepting, GOAWAY on every tunnel so that
+peers open nothing more, wait for the connections that live, then end what is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from pyambient.engine.accept import Listener
+from pyambient.mesh.authorize import authorize
+from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.observe.logs import get_logger
+from pyambient.zds.details import PodDetails
+
+from . import sockets
+from .addresses import pod_addresses
+from .inbound import Inbound
+from .outbound import Outbound
+from .plaintext import Plaintext
+from .pool import Pool
+from .worker import PodScope, Worker
+
+_log = get_logger("pods")
+# What an agent that knows no details gets, as in ztunnel: connections end this long after Del.
+_FOREIGN_DRAIN = 5.0
+_ISTIO_CNI_BACKEND = "iptables"
+
+
+class Pod:
+    """One pod being served."""
+
+    def __init__(self, scope: PodScope) -> None:
+        self.scope = scope
+        self._pool = Pool(scope)
+        self._inbound = Inbound(scope)
+        self._listeners: list[Listener] = []
+        self.draining = False
+
+    def listen(self) -> None:
+        """Bind the pod's three listeners, or none of them; PyambientError if a port is taken."""
+        worker, netns = self.scope.worker, self.scope.netns
+        handlers = (
+            (OUTBOUND_PORT, Outbound(self.scope, self._pool).accepted),
+            (INBOUND_PORT, Plaintext(self.scope).accepted),
+            (HBONE_PORT, self._inbound.accepted),
+        )
+        try:
+            for port, accepted in handlers:
+                sock = sockets.listener(netns, port, netfilter=self.scope.netfilter)
+                self._listeners.append(Listener(worker.loop, sock, accepted, worker.shortages))
+        except BaseException:
+            self._stop_listening()
+            raise
+
+    def _stop_listening(self) -> None:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener.close()
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Keep the pod's certificate warm and its pool tidy, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self.scope.nursery = nursery
+            task_status.started()
+            nursery.start_soon(self._pool.release_idle)
+            nursery.start_soon(self._warm_up)
+
+    async def _warm_up(self) -> None:
+        """Have the certificate before the first connection asks; a failure is asked again then."""
+        try:
+            await self.scope.certificate()
+        except (trio.TooSlowError, Exception) as error:  # noqa: BLE001 - whatever the authority says
+            _log.warning("no certificate yet", pod=str(self.scope.pod), error=str(error))
+
+    async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
+        """Stop accepting, say GOAWAY, wait; the number of connections that were still there."""
+        self.draining = True
+        self._stop_listening()
+        self._inbound.drain()
+        self._pool.drain()
+        with trio.move_on_after(timeout):
+            await self.scope.wait_idle()
+        return len(self.scope.live)
+
+    def ask_policies_again(self) -> None:
+        """The policies may have changed: end what they would not let in now."""
+        own = self.scope.workload()
+        if own is None:
+            return
+        policies = self.scope.worker.view.snapshot.policies_for(own)
+        for connection in list(self.scope.live):
+            facts = connection.facts
+            if facts is not None and not authorize(policies, facts).allowed:
+                connection.abort("connection closed due to policy change")
+
+    def close(self, reason: str) -> None:
+        """End every connection of the pod now."""
+        self._stop_listening()
+        for connection in list(self.scope.live):
+            connection.abort(reason)
+        self._inbound.close(reason)
+        self._pool.close(reason)
+        if self.scope.nursery is not None:
+            self.scope.nursery.cancel_scope.cancel()
+
+    def status(self) -> dict[str, Any]:
+        scope = self.scope
+        certificate = scope.worker.certificates.current(scope.identity)
+        return {
+            "identity": str(scope.identity),
+            "connections": len(scope.live),
+            "draining": self.draining,
+            "certificate_expires": certificate.not_after.isoformat() if certificate else None,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Pod {self.scope.pod}, {len(self.scope.live)} connections>"
+
+
+class Pods:
+    """All pods of this proxy: ZDS's PodHandler and the details channel's DetailsHandler."""
+
+    def __init__(self, worker: Worker, nursery: trio.Nursery) -> None:
+        self._worker = worker
+        self._nursery = nursery
+        self._pods: dict[str, Pod] = {}
+        self._details: dict[str, PodDetails] = {}
+
+    # zds_client.PodHandler
+
+    async def add(self, pod: PodRef, netns: Netns) -> None:
+        """Serve `pod` in `netns`, which is taken over; its listeners are bound on return."""
+        serving = self._pods.get(pod.uid)
+        if serving is not None:
+            if serving.scope.netns.key == netns.key and not serving.draining:
+                netns.close()
+                return
+            self._end(pod.uid, "the pod's network namespace was replaced")
+        try:
+            await self._nursery.start(self._serve, pod, netns)
+        except BaseException:
+            netns.close()
+            raise
+
+    async def _serve(
+        self, ref: PodRef, netns: Netns, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """The task of one pod; what goes wrong in it ends this pod and no other."""
+        details = self._details.get(ref.uid)
+        if details is None:
+            details = PodDetails(_ISTIO_CNI_BACKEND, pod_addresses(netns))
+        scope = PodScope(self._worker, ref, netns, details)
+        pod = Pod(scope)
+        pod.listen()
+        self._pods[ref.uid] = pod
+        self._worker.view.publish(scope.published())
+        _log.info("serving", pod=str(ref), netns=netns.name, backend=details.backend)
+        try:
+            await pod.run(task_status)
+        except Exception as error:  # noqa: BLE001 - a bug met by one pod spares the others
+            _log.error("internal error, the pod is given up", pod=str(ref), exc_info=error)
+            self._end(ref.uid, "internal error")
+        finally:
+            netns.close()
+
+    async def remove(self, uid: str) -> None:
+        """Stop serving a pod: at once if it was drained, else after its connections had time."""
+        pod = self._pods.get(uid)
+        if pod is None:
+            return
+        if pod.draining:
+            self._end(uid, "connection closed due to connection drain")
+        else:
+            self._nursery.start_soon(self._drain_and_end, uid, pod)
+
+    async def _drain_and_end(self, uid: str, pod: Pod) -> None:
+        await pod.drain(_FOREIGN_DRAIN)
+        if self._pods.get(uid) is pod:
+            self._end(uid, "connection closed due to connection drain")
+
+    async def retain(self, uids: frozenset[str]) -> None:
+        """The agent has named all its pods: stop the others."""
+        for uid in set(self._pods) - uids:
+            await self.remove(uid)
+
+    def _end(self, uid: str, reason: str) -> None:
+        pod = self._pods.pop(uid, None)
+        if pod is None:
+            return
+        self._details.pop(uid, None)
+        self._worker.view.withdraw(uid)
+        pod.close(reason)
+        _log.info("stopped serving", pod=str(pod.scope.pod), reason=reason)
+
+    # details_client.DetailsHandler
+
+    def describe(self, uid: str, details: PodDetails) -> None:
+        """Note how a pod is intercepted, before its add and whenever that changes."""
+        self._details[uid] = details
+        pod = self._pods.get(uid)
+        if pod is not None:
+            pod.scope.details = details
+            self._worker.view.publish(pod.scope.published())
+
+    async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
+        """Drain a pod; the number of connections left when the time was up."""
+        pod = self._pods.get(uid)
+        return 0 if pod is None else await pod.drain(timeout)
+
+    def status(self, uid: str) -> dict[str, Any]:
+        pod = self._pods.get(uid)
+        return {} if pod is None else pod.status()
+
+    # the process
+
+    def mesh_changed(self) -> None:
+        for pod in self._pods.values():
+            pod.ask_policies_again()
+
+    async def drain_all(self, timeout: float) -> None:  # noqa: ASYNC109 - the operator's number
+        """Drain every pod at once, as the process ends; the pods stay enrolled."""
+        async with trio.open_nursery() as nursery:
+            for pod in self._pods.values():
+                nursery.start_soon(pod.drain, timeout)
+
+    def __repr__(self) -> str:
+        return f"<Pods serving {len(self._pods)}>"

@@ -1,0 +1,149 @@
+"""What all pods of one proxy process share, and what belongs to one pod."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import trio
+
+from pyambient.engine.deadlines import Deadlines
+from pyambient.engine.loop import Loop
+from pyambient.engine.tls import SharedBuffers
+from pyambient.hbone import OutputPool
+from pyambient.identity.certificate import Certificate
+from pyambient.identity.context import Contexts
+from pyambient.identity.store import CertificateStore
+from pyambient.mesh.view import MeshView
+from pyambient.model.numbers import ANSWER_TIMEOUT, CONNECT_TIMEOUT, OWN_WORKLOAD_TIMEOUT
+from pyambient.model.policy import ConnectionFacts
+from pyambient.model.spiffe import SpiffeId
+from pyambient.model.workload import PodRef, TunnelProtocol, Workload
+from pyambient.netns import Netns
+from pyambient.observe.accesslog import AccessLog
+from pyambient.zds.details import PodDetails
+
+NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
+_SHORTAGE_PAUSE = 0.1
+
+
+class Worker:
+    """One proxy process: its loop, its buffers, its view of the mesh, its certificates."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        view: MeshView,
+        certificates: CertificateStore,
+        access_log: AccessLog,
+        trust_domain: str,
+    ) -> None:
+        self.loop = loop
+        self.view = view
+        self.certificates = certificates
+        self.access_log = access_log
+        self.trust_domain = trust_domain
+        self.contexts = Contexts()
+        self.buffers = SharedBuffers()
+        self.outputs = OutputPool()
+        self.connects = Deadlines(CONNECT_TIMEOUT)
+        self.answers = Deadlines(ANSWER_TIMEOUT)
+        self.shortages = Deadlines(_SHORTAGE_PAUSE)
+
+    async def run_deadlines(self) -> None:
+        """Expire what is overdue, forever."""
+        async with trio.open_nursery() as nursery:
+            for deadlines in (self.connects, self.answers, self.shortages):
+                nursery.start_soon(deadlines.run)
+
+    def __repr__(self) -> str:
+        return f"<Worker of trust domain {self.trust_domain}, {self.loop!r}>"
+
+
+class Live(Protocol):
+    """A proxied connection that can be given up.
+
+    `facts` are what the pod's policies were asked with when it was let in; None on the way out.
+    """
+
+    @property
+    def facts(self) -> ConnectionFacts | None: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def abort(self, error: str) -> None: ...
+
+
+@dataclass(eq=False)
+class PodScope:
+    """What the listeners of one pod share."""
+
+    worker: Worker
+    pod: PodRef
+    netns: Netns
+    details: PodDetails
+    nursery: trio.Nursery | None = None
+    live: dict[Live, None] = field(default_factory=dict)
+    idle: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def netfilter(self) -> bool:
+        return self.details.backend in NETFILTER_BACKENDS
+
+    @property
+    def identity(self) -> SpiffeId:
+        return self.pod.identity(self.worker.trust_domain)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self.details.addresses
+
+    def workload(self) -> Workload | None:
+        """The pod as the mesh sees it: what the mesh file says of it, else its enrolment."""
+        return self.worker.view.snapshot.workload_by_uid(self.pod.uid)
+
+    def published(self) -> Workload:
+        """The workload that the enrolment itself publishes."""
+        pod = self.pod
+        return Workload(
+            uid=pod.uid,
+            name=pod.name,
+            namespace=pod.namespace,
+            service_account=pod.service_account,
+            trust_domain=self.worker.trust_domain,
+            addresses=self.details.addresses,
+            protocol=TunnelProtocol.HBONE,
+            network=self.details.network,
+            workload_name=pod.name,
+            canonical_name=pod.name,
+        )
+
+    async def certificate(self) -> Certificate:
+        """The pod's certificate, waiting for it if need be; TooSlowError after 5 s."""
+        with trio.fail_after(OWN_WORKLOAD_TIMEOUT):
+            return await self.worker.certificates.get(self.identity)
+
+    def start_soon(self, task: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Run a task of this pod; it ends with the pod."""
+        assert self.nursery is not None  # noqa: S101 - nothing is accepted before Pod.run
+        self.nursery.start_soon(task, *args)
+
+    def track(self, connection: Live) -> None:
+        """Count a proxied connection; `forget` it when it is finished."""
+        self.live[connection] = None
+
+    def forget(self, connection: Live) -> None:
+        self.live.pop(connection, None)
+        if not self.live:
+            self.idle.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no proxied connection is left."""
+        while self.live:
+            self.idle = trio.Event()
+            await self.idle.wait()
+
+    def __repr__(self) -> str:
+        return f"<PodScope {self.pod}, {len(self.live)} connections>"
