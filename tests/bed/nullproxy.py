@@ -1,0 +1,249 @@
+"""A proxy without a mesh: for tests of interception that must not depend on the engine.
+
+It does to sockets what the real proxy does, and nothing to bytes: listeners on all three ports in
+each pod, found original destination, upstream socket made in the pod. What comes to 15001 goes on
+to where the app meant; what comes to 15006 goes on to the app with the client's own address as
+its source; 15008 is accepted, noted and closed, for there is no HBONE here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import trio
+
+from pyambient.model.address import SocketAddress, from_sockaddr
+from pyambient.model.numbers import (
+    HBONE_PORT,
+    INBOUND_PORT,
+    LOOP_PORTS,
+    OUTBOUND_PORT,
+    PROXY_MARK,
+)
+
+from .network import Bed, BedPod
+from .process import Channel
+
+# Netfilter's getsockopt for both families (linux/netfilter_ipv4.h), and the transparent options;
+# the socket module names none of them.
+_SO_ORIGINAL_DST = 80
+_IP_TRANSPARENT = 19
+_IPV6_TRANSPARENT = 75
+_CHUNK = 1 << 16
+# Outside ip_local_port_range, so that no upstream tuple meets one of the client's own.
+_source_ports = itertools.cycle(range(10000, 30000))
+
+
+@dataclass(frozen=True, slots=True)
+class Interception:
+    """One connection that reached a listener of the proxy; `port` is the listener's.
+
+    `failure` is the errno of the connection onwards, 0 if there was none.
+    """
+
+    pod: str
+    port: int
+    peer: SocketAddress
+    original: SocketAddress
+    failure: int = 0
+
+
+class NullProxy:
+    """The running proxy, seen from the test.
+
+    `pods` maps each pod to whether its backend is a netfilter one (original destination by
+    SO_ORIGINAL_DST) or not (by getsockname).
+    """
+
+    def __init__(self, bed: Bed, pods: Mapping[BedPod, bool]) -> None:
+        bed.cgroup.proxy.mkdir(exist_ok=True)
+        self.child = bed.node.spawn(_serve, dict(pods), uid=0, gid=0, cgroup=bed.cgroup.proxy)
+        assert self.child.receive() == "listening"
+
+    @classmethod
+    def of(cls, bed: Bed, pods: Iterable[BedPod], *, netfilter: bool) -> Self:
+        """A proxy for `pods`, all with one kind of backend."""
+        return cls(bed, dict.fromkeys(pods, netfilter))
+
+    def accepted(self) -> list[Interception]:
+        """All that reached a listener so far, in order of the outcome."""
+        return list(self.child.ask("accepted"))
+
+    def stop_listening(self) -> None:
+        """Close the listeners and keep what is relayed."""
+        assert self.child.ask("stop listening") == "stopped"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.kill()
+
+    def __repr__(self) -> str:
+        return f"<NullProxy pid {self.child.pid}>"
+
+
+def _serve(channel: Channel, pods: Mapping[BedPod, bool]) -> None:
+    trio.run(_Proxy(channel, pods).run)
+
+
+class _Proxy:
+    def __init__(self, channel: Channel, pods: Mapping[BedPod, bool]) -> None:
+        self.channel = channel
+        self.pods = pods
+        self.seen: list[Interception] = []
+        self.accepting = trio.CancelScope()
+
+    async def run(self) -> None:
+        listeners = [
+            (pod, _listener(pod, port))
+            for pod in self.pods
+            for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
+        ]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accept_all, nursery, listeners)
+            self.channel.send("listening")
+            await self._obey()
+            nursery.cancel_scope.cancel()
+
+    async def _obey(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self.channel.fileno())
+            try:
+                command = self.channel.receive()
+            except EOFError:
+                return
+            if command == "accepted":
+                self.channel.send(list(self.seen))
+            else:
+                self.accepting.cancel()
+
+    async def _accept_all(
+        self, relays: trio.Nursery, listeners: list[tuple[BedPod, trio.socket.SocketType]]
+    ) -> None:
+        with self.accepting:
+            async with trio.open_nursery() as nursery:
+                for pod, listening in listeners:
+                    nursery.start_soon(self._accept, relays, pod, listening)
+        for _, listening in listeners:
+            listening.close()
+        self.channel.send("stopped")
+
+    async def _accept(
+        self, relays: trio.Nursery, pod: BedPod, listening: trio.socket.SocketType
+    ) -> None:
+        port = listening.getsockname()[1]
+        while True:
+            downstream, peer = await listening.accept()
+            relays.start_soon(self._handle, pod, port, downstream, from_sockaddr(peer))
+
+    async def _handle(
+        self, pod: BedPod, port: int, downstream: trio.socket.SocketType, peer: SocketAddress
+    ) -> None:
+        """Note the connection, and pass it on or reset it."""
+        original = _original_destination(downstream, netfilter=self.pods[pod])
+        failure = errno.ELOOP
+        with downstream:
+            if original.port not in LOOP_PORTS:
+                upstream = _upstream(pod, original, peer if port == INBOUND_PORT else None)
+                failure = await _connect(upstream, original)
+            self.seen.append(Interception(pod.name, port, peer, original, failure))
+            if failure:
+                _reset_on_close(downstream)
+                return
+            with upstream:
+                await _relay(downstream, upstream)
+
+
+def _listener(pod: BedPod, port: int) -> trio.socket.SocketType:
+    made = pod.netns.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    _make_transparent(made)
+    made.bind(("::", port))
+    made.listen(4096)
+    return trio.socket.from_stdlib_socket(made)
+
+
+def _make_transparent(made: socket.socket) -> None:
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+    made.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+    if made.family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+
+
+def _original_destination(accepted: trio.socket.SocketType, *, netfilter: bool) -> SocketAddress:
+    local = from_sockaddr(accepted.getsockname())
+    if not netfilter:
+        return local
+    if local.is_ipv6:
+        raw = accepted.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
+        return from_sockaddr((socket.inet_ntop(socket.AF_INET6, raw[8:24]), *_port(raw)))
+    raw = accepted.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16)
+    return from_sockaddr((socket.inet_ntop(socket.AF_INET, raw[4:8]), *_port(raw)))
+
+
+def _port(raw: bytes) -> tuple[int]:
+    """The port of a sockaddr_in or sockaddr_in6: two bytes behind the family."""
+    (port,) = struct.unpack_from("!H", raw, 2)
+    return (port,)
+
+
+def _upstream(
+    pod: BedPod, destination: SocketAddress, source: SocketAddress | None
+) -> trio.socket.SocketType:
+    """A marked socket in the pod, bound to the client's own address where there is one."""
+    made = pod.netns.socket(destination.family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+    if source is not None:
+        _make_transparent(made)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(SocketAddress(source.ip, next(_source_ports)).sockaddr())
+    return trio.socket.from_stdlib_socket(made)
+
+
+async def _connect(upstream: trio.socket.SocketType, destination: SocketAddress) -> int:
+    """0, or the errno; the socket is closed then."""
+    try:
+        with trio.fail_after(10):
+            await upstream.connect(destination.sockaddr())
+    except trio.TooSlowError:
+        failure = errno.ETIMEDOUT
+    except OSError as error:
+        failure = error.errno or errno.EIO
+    else:
+        return 0
+    upstream.close()
+    return failure
+
+
+async def _relay(one: trio.socket.SocketType, other: trio.socket.SocketType) -> None:
+    """Both directions to their ends: an end of stream stays one, a reset stays one."""
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_copy, one, other)
+            nursery.start_soon(_copy, other, one)
+    except* OSError:
+        _reset_on_close(one)
+        _reset_on_close(other)
+
+
+async def _copy(source: trio.socket.SocketType, sink: trio.socket.SocketType) -> None:
+    while data := await source.recv(_CHUNK):
+        view = memoryview(data)
+        while view:
+            view = view[await sink.send(view) :]
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def _reset_on_close(closing: trio.socket.SocketType) -> None:
+    closing.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
