@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from pyambient.engine.accept import Listener
+from pyambient.identity.certificate import IdentityError
 from pyambient.mesh.authorize import authorize
 from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
@@ -82,7 +83,7 @@ class Pod:
         """Have the certificate before the first connection asks; a failure is asked again then."""
         try:
             await self.scope.certificate()
-        except (trio.TooSlowError, Exception) as error:  # noqa: BLE001 - whatever the authority says
+        except IdentityError as error:
             _log.warning("no certificate yet", pod=str(self.scope.pod), error=str(error))
 
     async def drain(self, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number

@@ -12,7 +12,7 @@ from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import Loop
 from pyambient.engine.tls import SharedBuffers
 from pyambient.hbone import OutputPool
-from pyambient.identity.certificate import Certificate
+from pyambient.identity.certificate import Certificate, IdentityError
 from pyambient.identity.context import Contexts
 from pyambient.identity.store import CertificateStore
 from pyambient.mesh.view import MeshView
@@ -121,9 +121,16 @@ class PodScope:
         )
 
     async def certificate(self) -> Certificate:
-        """The pod's certificate, waiting for it if need be; TooSlowError after 5 s."""
-        with trio.fail_after(OWN_WORKLOAD_TIMEOUT):
+        """The pod's certificate, waiting for it if need be; IdentityError after 5 s."""
+        current = self.worker.certificates.current(self.identity)
+        if current is not None:
+            return current
+        with trio.move_on_after(OWN_WORKLOAD_TIMEOUT):
             return await self.worker.certificates.get(self.identity)
+        raise IdentityError(
+            f"no certificate for {self.identity} in {OWN_WORKLOAD_TIMEOUT:g} s",
+            "check the authority's log",
+        )
 
     def start_soon(self, task: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run a task of this pod; it ends with the pod."""
