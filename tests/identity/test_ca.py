@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -102,6 +103,17 @@ class TestRoot:
             roots = set(pool.map(start, range(4)))
         assert len(roots) == 1
         assert made == ["cluster.local"]
+
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A root that cannot be written whole is not left there in part."""
+
+        def no_space(_fd: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(UsageError, match="cannot be used: No space left on device; choose"):
+            open_authority(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"root.lock"}
 
     def test_trust_domain_must_be_one(self, tmp_path: Path) -> None:
         """What cannot stand in a SPIFFE id is refused before anything is written."""

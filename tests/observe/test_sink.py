@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import select
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,16 +19,30 @@ from pyambient.observe import sink as sink_module
 from pyambient.observe.sink import LineSink
 
 
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    """The reading and the writing end; what a test closes itself is no matter."""
-    ends = os.pipe()
-    yield ends
-    for end in ends:
-        try:
+class Pipe:
+    """A pipe whose ends are closed once, by the test or after it."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        self._open = {self.reading, self.writing}
+
+    def close(self, end: int) -> None:
+        if end in self._open:
+            self._open.remove(end)
             os.close(end)
-        except OSError:
-            continue
+
+    @property
+    def full(self) -> bool:
+        return not select.select([], [self.writing], [], 0)[1]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    """Where a sink writes to."""
+    made = Pipe()
+    yield made
+    made.close(made.reading)
+    made.close(made.writing)
 
 
 def play(sink: LineSink, scenario: Callable[[], Awaitable[None]]) -> None:
@@ -51,25 +66,25 @@ async def read_until(fd: int, mark: bytes) -> bytes:
     return taken
 
 
-async def write_is_stuck(sink: LineSink) -> None:
-    """Wait until the sink's thread has taken the queue."""
-    for _ in range(1000):
-        if not sink._lines:
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds; the sink's thread has a mind of its own."""
+    for _ in range(2000):
+        if condition():
             return
         await trio.sleep(0.005)
-    raise AssertionError("the queue was never taken")
+    raise AssertionError("it never happened")
 
 
-def test_without_run_lines_are_written_at_once(pipe: tuple[int, int]) -> None:
+def test_without_run_lines_are_written_at_once(pipe: Pipe) -> None:
     """A program that starts, or a command, needs no task for its log."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     sink.put("one")
-    assert os.read(pipe[0], 100) == b"one\n"
+    assert os.read(pipe.reading, 100) == b"one\n"
 
 
-def test_under_run_lines_come_in_order(pipe: tuple[int, int]) -> None:
+def test_under_run_lines_come_in_order(pipe: Pipe) -> None:
     """Batches keep the order, and nothing is lost."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     expected = "".join(f"line {number}\n" for number in range(3000)).encode()
     taken = []
 
@@ -78,42 +93,42 @@ def test_under_run_lines_come_in_order(pipe: tuple[int, int]) -> None:
             sink.put(f"line {number}")
             if number % 1000 == 0:
                 await trio.sleep(0.06)
-        taken.append(await read_until(pipe[0], b"line 2999\n"))
+        taken.append(await read_until(pipe.reading, b"line 2999\n"))
 
     play(sink, scenario)
     assert taken == [expected]
     assert sink.dropped == 0
 
 
-def test_the_rest_is_written_when_it_stops(pipe: tuple[int, int]) -> None:
+def test_the_rest_is_written_when_it_stops(pipe: Pipe) -> None:
     """The last lines of a program are not lost, nor those after its loop."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
 
     async def scenario() -> None:
         sink.put("last")
 
     play(sink, scenario)
     sink.put("afterwards")
-    assert os.read(pipe[0], 100) == b"last\nafterwards\n"
+    assert os.read(pipe.reading, 100) == b"last\nafterwards\n"
 
 
-def test_slow_reader(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for it; what does not fit is counted, and the log says so when it goes on."""
     monkeypatch.setattr(sink_module, "MAX_LINES", 100)
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     taken = []
 
     async def scenario() -> None:
         for _ in range(100):
             sink.put("x" * 4000)
-        await write_is_stuck(sink)
+        await eventually(lambda: pipe.full)
         for number in range(250):
             sink.put(f"line {number}")
         assert sink.dropped == 150
-        assert repr(sink) == f"<LineSink fd {pipe[1]}, 100 queued, 150 dropped>"
-        taken.append(await read_until(pipe[0], b"dropped"))
+        assert repr(sink) == f"<LineSink fd {pipe.writing}, 100 queued, 150 dropped>"
+        taken.append(await read_until(pipe.reading, b"dropped"))
         sink.put("again")
-        taken.append(await read_until(pipe[0], b"again\n"))
+        taken.append(await read_until(pipe.reading, b"again\n"))
 
     play(sink, scenario)
     lines = taken[0].decode().splitlines()[100:]
@@ -124,12 +139,10 @@ def test_slow_reader(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> 
     assert taken[1] == b"again\n"
 
 
-def test_long_lines_fill_the_queue_too(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_lines_fill_the_queue_too(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue is bounded in characters as well as in lines."""
     monkeypatch.setattr(sink_module, "MAX_CHARACTERS", 1000)
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
 
     async def scenario() -> None:
         for _ in range(10):
@@ -139,26 +152,25 @@ def test_long_lines_fill_the_queue_too(
     play(sink, scenario)
 
 
-def test_stuck_reader_does_not_hold_up_the_end(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stuck_reader_does_not_hold_up_the_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program whose log nobody reads still stops."""
     monkeypatch.setattr(sink_module, "LAST_FLUSH", 0.05)
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
 
     async def scenario() -> None:
         for _ in range(100):
             sink.put("x" * 4000)
-        await write_is_stuck(sink)
+        await eventually(lambda: pipe.full)
         sink.put("never read")
 
     play(sink, scenario)
-    os.close(pipe[0])
+    pipe.close(pipe.reading)
+    trio.run(eventually, lambda: sink.dropped == 101)
 
 
-def test_the_last_lines_wait_for_a_write_under_way(pipe: tuple[int, int]) -> None:
+def test_the_last_lines_wait_for_a_write_under_way(pipe: Pipe) -> None:
     """A reader that wakes up at the end finds every line whole and in its place."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     lines = [f"{number} " + "x" * 4000 for number in range(100)]
     expected = "".join(f"{line}\n" for line in [*lines, "last"]).encode()
     ending = threading.Event()
@@ -168,13 +180,13 @@ def test_the_last_lines_wait_for_a_write_under_way(pipe: tuple[int, int]) -> Non
         time.sleep(0.05)
         taken = b""
         while len(taken) < len(expected):
-            taken += os.read(pipe[0], 1000)
+            taken += os.read(pipe.reading, 1000)
         return taken
 
     async def scenario() -> None:
         for line in lines:
             sink.put(line)
-        await write_is_stuck(sink)
+        await eventually(lambda: pipe.full)
         sink.put("last")
         ending.set()
 
@@ -184,10 +196,10 @@ def test_the_last_lines_wait_for_a_write_under_way(pipe: tuple[int, int]) -> Non
         assert reading.result() == expected
 
 
-def test_reader_that_is_gone(pipe: tuple[int, int]) -> None:
+def test_reader_that_is_gone(pipe: Pipe) -> None:
     """A closed pipe costs the lines, not the program."""
-    os.close(pipe[0])
-    sink = LineSink(pipe[1])
+    pipe.close(pipe.reading)
+    sink = LineSink(pipe.writing)
     sink.put("one")
 
     async def scenario() -> None:
@@ -197,9 +209,9 @@ def test_reader_that_is_gone(pipe: tuple[int, int]) -> None:
     assert sink.dropped == 2
 
 
-def test_lines_from_outside_of_trio(pipe: tuple[int, int]) -> None:
+def test_lines_from_outside_of_trio(pipe: Pipe) -> None:
     """The engine's loop, which hosts trio as a guest, logs from its own callbacks."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     host: queue.Queue[Callable[[], object] | None] = queue.Queue()
     taken = []
 
@@ -207,7 +219,7 @@ def test_lines_from_outside_of_trio(pipe: tuple[int, int]) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(sink.run)
             host.put(lambda: sink.put("from the host"))
-            taken.append(await read_until(pipe[0], b"\n"))
+            taken.append(await read_until(pipe.reading, b"\n"))
             nursery.cancel_scope.cancel()
 
     trio.lowlevel.start_guest_run(
@@ -218,14 +230,14 @@ def test_lines_from_outside_of_trio(pipe: tuple[int, int]) -> None:
     assert taken == [b"from the host\n"]
 
 
-def test_lines_from_a_thread(pipe: tuple[int, int]) -> None:
+def test_lines_from_a_thread(pipe: Pipe) -> None:
     """Work that was sent to a thread logs like everyone else."""
-    sink = LineSink(pipe[1])
+    sink = LineSink(pipe.writing)
     taken = []
 
     async def scenario() -> None:
         await trio.to_thread.run_sync(sink.put, "from a thread")
-        taken.append(await read_until(pipe[0], b"\n"))
+        taken.append(await read_until(pipe.reading, b"\n"))
 
     play(sink, scenario)
     assert taken == [b"from a thread\n"]
@@ -238,15 +250,15 @@ def test_text_that_is_no_unicode(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"a\\udc80b\n"
 
 
-def test_notice_in_json(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notice_in_json(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that is parsed stays parsable where lines are missing."""
     monkeypatch.setattr(sink_module, "MAX_LINES", 1)
-    sink = LineSink(pipe[1], "json")
+    sink = LineSink(pipe.writing, "json")
 
     async def scenario() -> None:
         for _ in range(3):
             sink.put("{}")
 
     play(sink, scenario)
-    _, notice = os.read(pipe[0], 1000).decode().splitlines()
+    _, notice = os.read(pipe.reading, 1000).decode().splitlines()
     assert json.loads(notice)["lines"] == 2
