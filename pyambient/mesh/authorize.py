@@ -26,6 +26,7 @@ from pyambient.model.policy import (
 )
 from pyambient.model.spiffe import SpiffeId
 
+_F = TypeVar("_F")
 _T = TypeVar("_T")
 _NO_FIELDS = Match()
 _COMPARE: dict[MatchKind, Callable[[str, str], bool]] = {
@@ -80,48 +81,47 @@ def _clause_holds(clause: Clause, facts: ConnectionFacts) -> bool:
 
 def _match_holds(match: Match, facts: ConnectionFacts) -> bool:
     """Whether every kind of field present holds; a match without fields never does."""
-    return match != _NO_FIELDS and _addresses_hold(match, facts) and _identity_holds(match, facts)
-
-
-def _addresses_hold(match: Match, facts: ConnectionFacts) -> bool:
-    source, destination = facts.source, facts.destination
+    source, destination, who = facts.source.ip, facts.destination, facts.identity
     return (
-        _holds(match.destination_ports, match.not_destination_ports, destination.port.__eq__)
-        and _holds(match.source_ips, match.not_source_ips, _within(source.ip))
-        and _holds(match.destination_ips, match.not_destination_ips, _within(destination.ip))
-    )
-
-
-def _identity_holds(match: Match, facts: ConnectionFacts) -> bool:
-    identity = facts.identity
-    namespace = identity.namespace if identity else ""
-    principal = identity.principal if identity else ""
-    return (
-        _holds(match.namespaces, match.not_namespaces, _satisfied_by(namespace))
-        and _holds(match.principals, match.not_principals, _satisfied_by(principal))
-        and _holds(match.service_accounts, match.not_service_accounts, _account_of(identity))
+        match != _NO_FIELDS
+        and _holds(
+            destination.port, match.destination_ports, match.not_destination_ports, int.__eq__
+        )
+        and _holds(source, match.source_ips, match.not_source_ips, _is_within)
+        and _holds(destination.ip, match.destination_ips, match.not_destination_ips, _is_within)
+        and _holds(who, match.namespaces, match.not_namespaces, _is_of_namespace)
+        and _holds(who, match.principals, match.not_principals, _is_principal)
+        and _holds(who, match.service_accounts, match.not_service_accounts, _is_account)
     )
 
 
 def _holds(
-    wanted: Collection[_T], unwanted: Collection[_T], satisfied: Callable[[_T], bool]
+    fact: _F,
+    wanted: Collection[_T],
+    unwanted: Collection[_T],
+    satisfies: Callable[[_F, _T], bool],
 ) -> bool:
     """One kind of field: any of the wanted values, if there are some, and none of the unwanted."""
-    return (not wanted or any(map(satisfied, wanted))) and not any(map(satisfied, unwanted))
+    if wanted and not any(satisfies(fact, value) for value in wanted):
+        return False
+    return not (unwanted and any(satisfies(fact, value) for value in unwanted))
 
 
-def _within(ip: str) -> Callable[[Network], bool]:
-    return lambda network: _parsed(ip) in network
+def _is_within(ip: str, network: Network) -> bool:
+    return _parsed(ip) in network
 
 
-def _satisfied_by(text: str) -> Callable[[StringMatch], bool]:
-    """Nothing satisfies a match when there is no identity, not even an empty prefix."""
-    return lambda match: text != "" and _COMPARE[match.kind](text, match.value)
+def _is_of_namespace(who: SpiffeId | None, match: StringMatch) -> bool:
+    return who is not None and _COMPARE[match.kind](who.namespace, match.value)
 
 
-def _account_of(identity: SpiffeId | None) -> Callable[[ServiceAccountMatch], bool]:
-    if identity is None:
-        return lambda _: False
-    return lambda match: (
-        match.namespace == identity.namespace and match.service_account == identity.service_account
+def _is_principal(who: SpiffeId | None, match: StringMatch) -> bool:
+    return who is not None and _COMPARE[match.kind](who.principal, match.value)
+
+
+def _is_account(who: SpiffeId | None, match: ServiceAccountMatch) -> bool:
+    return (
+        who is not None
+        and who.namespace == match.namespace
+        and who.service_account == match.service_account
     )

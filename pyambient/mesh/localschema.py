@@ -103,7 +103,7 @@ def _cidr(value: str) -> Network:
     network = ipaddress.ip_network(value, strict=False)
     mapped = getattr(network.network_address, "ipv4_mapped", None)
     if mapped is not None and network.prefixlen >= 96:
-        return ipaddress.ip_network((mapped, network.prefixlen - 96), strict=False)
+        return ipaddress.ip_network((mapped, network.prefixlen - 96))
     return network
 
 

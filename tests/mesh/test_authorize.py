@@ -98,6 +98,7 @@ def nets(*texts):
         (Match(destination_ports=(80,)), FACTS, False),
         (Match(not_destination_ports=(80,)), FACTS, True),
         (Match(not_destination_ports=(8080,)), FACTS, False),
+        (Match(not_destination_ports=(80, 8080)), FACTS, False),
         (Match(destination_ports=(8080,), principals=exact(PRINCIPAL)), FACTS, True),
         (Match(destination_ports=(80,), principals=exact(PRINCIPAL)), FACTS, False),
         (Match(destination_ports=(8080,), not_destination_ports=(8080,)), FACTS, False),

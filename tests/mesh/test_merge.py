@@ -97,6 +97,13 @@ def test_two_pods_of_one_address(described, meant, order):
     assert [w.uid for w in merged.workloads[1:]] == [{"u0": "u1", "u1": "u0"}[meant]]
 
 
+def test_two_pods_of_one_identity():
+    """Of two pods with one address and one identity, the one with the workload's name is meant."""
+    replica = workload("replica", "10.0.0.2", uid="u9", service_account="server")
+    described = workload("replica", "10.0.0.2", service_account="server")
+    assert list(merge([described], [POD, replica], "mesh.yaml").also_known_as) == ["u9"]
+
+
 def test_two_workloads_for_one_pod():
     """A pod has one entry that stands for it, whatever else has one of its addresses."""
     by_v4, by_v6 = workload("server", "10.0.0.2"), workload("other", "fd00::2")

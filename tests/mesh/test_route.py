@@ -10,9 +10,11 @@ from pyambient.mesh.route import Plain, Refuse, Tunnel, decide_outbound
 from pyambient.mesh.snapshot import Snapshot
 from pyambient.model.address import SocketAddress
 from pyambient.model.workload import (
+    ApplicationTunnel,
     HealthStatus,
     LoadBalancerMode,
     NetworkAddress,
+    TunnelledProtocol,
     TunnelProtocol,
     WeightedWaypoint,
 )
@@ -224,6 +226,17 @@ def test_weighted_waypoints(drawn, next_hop):
         lambda total: drawn if total == 4 else 0,
     )
     assert decided.next_hop == SocketAddress(next_hop, 15008)
+
+
+def test_waypoint_that_takes_every_port():
+    """A waypoint whose application takes tunnelled traffic need not define its HBONE port."""
+    takes_all = ApplicationTunnel(TunnelledProtocol.PROXY, 15088)
+    front = service("front", ports={})
+    gate = workload("g", "10.0.0.40", services=behind(front), application_tunnel=takes_all)
+    guarded = service("s", VIP, waypoint=gateway(front.key))
+    decided = decide_outbound(Snapshot([gate], [front, guarded]), CLIENT, to(f"{VIP}:80"))
+    assert isinstance(decided, Tunnel)
+    assert decided.next_hop == to("10.0.0.40:15008")
 
 
 def test_weights_of_zero():

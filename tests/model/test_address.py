@@ -167,6 +167,13 @@ def test_sockaddr_round_trip(address):
     assert from_sockaddr(there.sockaddr()) == there
 
 
+def test_sockaddr():
+    """IPv4 has two parts, IPv6 four with the scope at the end."""
+    assert SocketAddress("10.0.0.1", 80).sockaddr() == ("10.0.0.1", 80)
+    assert SocketAddress("fe80::1%2", 80).sockaddr() == ("fe80::1", 80, 0, 2)
+    assert SocketAddress("fd00::1", 80).sockaddr() == ("fd00::1", 80, 0, 0)
+
+
 def test_packed():
     """The form of the BPF maps: sixteen bytes, IPv4 mapped."""
     assert packed_ip("10.0.0.1") == bytes(10) + b"\xff\xff\x0a\x00\x00\x01"
