@@ -28,6 +28,7 @@ DEFINE_PODS;
 DEFINE_ADDRESSES;
 DEFINE_DEVICES;
 DEFINE_PROXY_SOCKETS;
+DEFINE_CAPTURED_SOCKETS;
 DEFINE_CONSTANTS;
 
 /* One volatile load: else clang 14 selects between two pointers into the socket. */
@@ -87,11 +88,14 @@ static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
-/* It stays inside the pod. A socket may connect twice: the first mark must not stay. */
+/* It stays inside the pod. A socket may connect twice: nothing of the first time must stay. */
 static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
 {
+	__u8 *captured = storage_get(captured_sockets, sk, 0);
 	__u32 mark = load(&sk->mark);
 
+	if (captured)
+		*captured = 0;
 	if ((mark & MARK_MASK) != LOOPBACK_MARK)
 		return ALLOW;
 	return set_mark(ctx, mark & ~MARK_MASK);
@@ -102,11 +106,16 @@ static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct b
 {
 	__u64 netns = to->netns;
 	__u32 family = is_mapped_ipv4(to->ip) ? AF_INET : AF_INET6;
+	__u8 *captured;
 
 	if (!has_route(sk, netns, family))
 		return refuse(ENETUNREACH);
 	if (!has_listener(netns))
 		return refuse(ECONNREFUSED);
+	captured = storage_get(captured_sockets, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!captured)
+		return DENY;
+	*captured = 1;	/* for the guard: the mark is the app's to change */
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 

@@ -59,6 +59,9 @@ struct pod {
 /* On every socket that the proxy's cgroup made, and on those accepted from them. */
 #define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u8)
 
+/* On an app's socket since its connect(): 1 if its connection was given to the proxy. */
+#define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_sockets, __u8)
+
 #define AF_INET		2
 #define AF_INET6	10
 

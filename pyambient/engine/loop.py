@@ -39,6 +39,8 @@ Handler = Callable[[int], None]
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
 GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+# A peer's reset, not its FIN: that may be a half-close.
+RESET = select.EPOLLHUP | select.EPOLLERR
 # An app socket is watched for everything at once, edge-triggered: no epoll_ctl per block.
 APP_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _EVENTS_A_TURN = 256

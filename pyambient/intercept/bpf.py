@@ -12,6 +12,9 @@ hook marks and binds that socket to lo, and tcp_fwmark_accept lets the app's acc
 inherit the mark. fwmark_reflect does the same for answers without a socket (the RST of a closed
 port); without it such a connect would hang.
 
+What the hook judged is also noted on the socket, where the app cannot change it: a guard on each
+device drops packets of captured sockets, so that an app that changes its mark later sends nothing.
+
 The proxy is whoever made its sockets in the proxy's own cgroup. No mark says so: any container
 with the default capabilities can set one.
 """
@@ -23,6 +26,7 @@ from typing import ClassVar
 from pyambient.errors import PyambientError
 
 from .bpf_steps import CapturedDevice, Gate, NodeStep, OwnAddress, SkLookup
+from .egress_guard import EgressGuard
 from .fib import Route, delivery
 from .interface import Plan, Pod, PodNetwork, Site, Step
 from .sysctl import ReservedPorts, Sysctl
@@ -61,6 +65,7 @@ class Bpf:
                 CapturedDevice(self._bpffs, cookie, r.ipv6, r.device, r.source, r.metric)
                 for r in routes
             ),
+            *(EgressGuard(self._bpffs, device) for device in network.devices),
             *(Sysctl(name, "1") for name in sysctls),
             SkLookup(self._bpffs, cookie),
             Gate(self._bpffs, cookie),

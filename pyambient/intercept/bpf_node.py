@@ -37,7 +37,7 @@ from .loader import BpfObject, Constants, load
 from .mounts import ensure_bpffs
 
 _LOCK_SECONDS: Final = 10.0
-MAPS: Final = ("pods", "addresses", "devices", "listeners", "proxy_sockets")
+MAPS: Final = ("pods", "addresses", "devices", "listeners", "proxy_sockets", "captured_sockets")
 PROGRAM_PREFIX: Final = "pyamb_"
 
 
@@ -224,6 +224,14 @@ def pod_directory(bpffs: Path, uid: str) -> Path:
 def node_map(bpffs: Path, name: str) -> Map | None:
     """A map of the node, or None where no pod is enrolled."""
     return Map.open_pinned(bpffs / "node" / name)
+
+
+def existing_map(bpffs: Path, name: str) -> Map:
+    """A map of the node; PyambientError where it is gone."""
+    found = node_map(bpffs, name)
+    if found is None:
+        raise PyambientError(f"the BPF map {bpffs}/node/{name} is gone", "enrol the pod again")
+    return found
 
 
 def _lock(fd: int) -> None:

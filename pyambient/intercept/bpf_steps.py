@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 from pyambient.errors import PyambientError
 from pyambient.model.address import packed_ip
 
-from .bpf_node import HOOKS, NodePrograms, node_map, pod_directory
+from .bpf_node import HOOKS, NodePrograms, existing_map, node_map, pod_directory
 from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
@@ -26,18 +26,11 @@ from .loader import Constants, load
 _PIN = "sk_lookup"
 
 
-def _existing_map(bpffs: Path, name: str) -> Map:
-    found = node_map(bpffs, name)
-    if found is None:
-        raise PyambientError(f"the BPF map {bpffs}/node/{name} is gone", "enrol the pod again")
-    return found
-
-
 @contextlib.contextmanager
 def _lookup_maps(bpffs: Path) -> Iterator[dict[str, Map]]:
     """The maps of the node that a pod's own program uses."""
     with contextlib.ExitStack() as stack:
-        opened = [_existing_map(bpffs, name) for name in ("addresses", "listeners")]
+        opened = [existing_map(bpffs, name) for name in ("addresses", "listeners")]
         yield {m.name: stack.enter_context(m) for m in opened}
 
 
@@ -86,7 +79,7 @@ class _MapEntry:
     map_name: ClassVar[str]
 
     def apply(self, pod: Pod) -> Self:
-        with _existing_map(Path(self.bpffs), self.map_name) as entries:
+        with existing_map(Path(self.bpffs), self.map_name) as entries:
             entries.put(self._key(), self._value(pod))
         return self
 

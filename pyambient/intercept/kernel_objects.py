@@ -30,6 +30,7 @@ class AttachType(enum.IntEnum):
     CONNECT4 = 10
     CONNECT6 = 11
     SK_LOOKUP = 36
+    TCX_EGRESS = 47
 
 
 class LinkType(enum.IntEnum):
@@ -37,6 +38,7 @@ class LinkType(enum.IntEnum):
 
     CGROUP = 3
     NETNS = 5
+    TCX = 11
 
 
 def _info(fd: int, question: bytes = b"") -> bytes:
@@ -137,7 +139,10 @@ class Map(KernelObject):
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """What a link joins; `target` is a cgroup's id or a namespace's inode, 0 once that is gone."""
+    """What a link joins; `target` is a cgroup's id, a namespace's inode or a device's index.
+
+    It is 0 once that is gone.
+    """
 
     kind: int
     identifier: int
@@ -151,7 +156,10 @@ class Link(KernelObject):
 
     @classmethod
     def create(cls, program: int, target: int, attach_type: AttachType) -> Self:
-        """Attach the program fd to the cgroup or namespace fd `target`."""
+        """Attach the program fd to `target`: the fd of a cgroup or namespace, or a device's index.
+
+        An index is looked up in the network namespace of the calling thread.
+        """
         fd = libbpf.call("bpf_link_create", program, target, attach_type, None)
         return cls(fd, attach_type.name.lower())
 
@@ -166,7 +174,7 @@ class Link(KernelObject):
 
 
 def link_infos() -> Iterator[LinkInfo]:
-    """Every cgroup and network namespace link of the machine (needs CAP_SYS_ADMIN)."""
+    """Every link of these types on the machine (needs CAP_SYS_ADMIN)."""
     identifier = ctypes.c_uint32(0)
     with contextlib.suppress(FileNotFoundError):
         while True:

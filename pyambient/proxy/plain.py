@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 
 from pyambient.engine.accept import Dial
+from pyambient.engine.loop import RESET
 from pyambient.engine.plain import PlainRelay
 from pyambient.engine.relay import reset
 from pyambient.model.address import SocketAddress
@@ -46,6 +47,7 @@ class PlainConnection:
         try:
             self._far = far_socket()
             self._dial = Dial(worker.loop, self._far, target, worker.connects, self._dialled)
+            worker.loop.watch(self._near.fileno(), self._near_gone, RESET)
         except OSError as error:
             self._fail(self._explain(error))
 
@@ -62,7 +64,15 @@ class PlainConnection:
                 self._dial.cancel()
             self._fail(error)
 
+    def _near_gone(self, _mask: int) -> None:
+        """The near side was reset while its far end is dialled: nobody waits for that any more."""
+        self.abort("client disconnected before the connection was made")
+
+    def crashed(self, error: BaseException) -> None:
+        self.abort(f"internal error: {error!r}")
+
     def _dialled(self, error: OSError | None) -> None:
+        self._scope.worker.loop.unwatch(self._near.fileno())
         if error is not None:
             self._fail(self._explain(error))
             return
@@ -83,6 +93,7 @@ class PlainConnection:
 
     def _fail(self, error: str) -> None:
         self._record.error = error
+        self._scope.worker.loop.unwatch(self._near.fileno())
         if self._far is not None:
             self._far.close()
         reset(self._near)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 import trio
+from OpenSSL import SSL
 
 from pyambient.engine.handshake import handshake
 from pyambient.engine.loop import Loop
@@ -45,7 +46,7 @@ class End:
     def requested(self, stream: Stream, request: ConnectRequest) -> None:
         self.rig.requested(stream, request)
 
-    def refused(self, stream_id: int, status: int, why: str) -> None:
+    def refused(self, _stream_id: int, status: int, _why: str) -> None:
         self.told.append(f"refused {status}")
 
     def settled(self) -> None:
@@ -79,15 +80,15 @@ class Rig:
             far, _ = listener.accept()
         sessions = {}
 
-        async def shake(end: End, sock: socket.socket, context, server: bool) -> None:
+        async def shake(end: End, sock: socket.socket, context: SSL.Context, role: Role) -> None:
             sock.setblocking(False)
-            sessions[end] = await handshake(sock, context, server=server)
+            sessions[end] = await handshake(sock, context, server=role is Role.SERVER)
 
         async with trio.open_nursery() as nursery:
             context = client_context(await authority.sign(CLIENT))
-            nursery.start_soon(shake, self.client, near, context, False)
+            nursery.start_soon(shake, self.client, near, context, Role.CLIENT)
             context = server_context(await authority.sign(SERVER))
-            nursery.start_soon(shake, self.server, far, context, True)
+            nursery.start_soon(shake, self.server, far, context, Role.SERVER)
         for end, sock, role in (
             (self.client, near, Role.CLIENT),
             (self.server, far, Role.SERVER),
@@ -112,13 +113,13 @@ class Rig:
         self.relays.append(relay)
         return app, server_app
 
-    def _answered(self, relay: StreamRelay, status: int, headers: object) -> None:
+    def _answered(self, relay: StreamRelay, status: int, _headers: object) -> None:
         if status == 200:
             relay.open()
         else:
             relay.abort(f"http status: {status}")
 
-    def requested(self, stream: Stream, request: ConnectRequest) -> None:
+    def requested(self, stream: Stream, _request: ConnectRequest) -> None:
         tunnel = self.server.tunnel
         far = self._waiting.pop(0)
         if not self.accept:
@@ -152,5 +153,5 @@ def rigged(authority: EmbeddedAuthority, test: Callable[[Rig], Awaitable[None]])
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition; the rig's own deadline bounds it."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - the condition has no event of its own
         await trio.sleep(0.005)

@@ -25,7 +25,7 @@ def run(main, report=None):
 
 def test_the_result_of_the_guest_is_the_result_of_run():
     async def main(loop):
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         return 42
 
     assert run(main) == 42
@@ -143,8 +143,8 @@ def test_a_reused_descriptor_does_not_see_the_events_of_its_predecessor():
             loop.watch(other.fileno(), replaced, IN)
             done.set()
 
-        loop.watch(first.fileno(), lambda mask: replace(first, second), IN)
-        loop.watch(second.fileno(), lambda mask: replace(second, first), IN)
+        loop.watch(first.fileno(), lambda _: replace(first, second), IN)
+        loop.watch(second.fileno(), lambda _: replace(second, first), IN)
         first_peer.send(b"x")
         second_peer.send(b"x")
         await done.wait()
@@ -161,7 +161,7 @@ def test_a_bug_in_a_handler_is_reported_and_spares_the_others():
     class Buggy:
         crashed_with = None
 
-        def on_events(self, mask):
+        def on_events(self, _mask):
             raise ZeroDivisionError("a bug")
 
         def crashed(self, error):
@@ -178,7 +178,7 @@ def test_a_bug_in_a_handler_is_reported_and_spares_the_others():
         loop.watch(bad.fileno(), buggy.on_events, IN)
         bad_peer.send(b"x")
         await trio.sleep(0.02)
-        loop.watch(good.fileno(), lambda mask: (good.recv(1), seen.set()), IN)
+        loop.watch(good.fileno(), lambda _: (good.recv(1), seen.set()), IN)
         good_peer.send(b"x")
         await seen.wait()
         assert isinstance(buggy.crashed_with, ZeroDivisionError)

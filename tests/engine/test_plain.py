@@ -36,7 +36,7 @@ def relayed(use):
         relay.start()
         with trio.fail_after(20):
             await trio.to_thread.run_sync(use, app, server)
-            while not relay.finished:
+            while not relay.finished:  # noqa: ASYNC110 - the relay has no event
                 await trio.sleep(0.01)
 
     try:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from pyambient.model.address import SocketAddress
-from tests.bed import capturing
+from pyambient.model.numbers import PROXY_MARK
+from tests.bed import Capability, capturing
 
 from .conftest import Pair
 
@@ -51,6 +52,15 @@ def _bound_to_a_device_once_connected(client: socket.socket, to: SocketAddress) 
     client.sendall(_MARKER)
 
 
+def _marked_once_connected(mark: int) -> _Trick:
+    def trick(client: socket.socket, to: SocketAddress) -> None:
+        client.connect(to.sockaddr())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        client.sendall(_MARKER)
+
+    return trick
+
+
 def _attempt(trick: _Trick, to: SocketAddress, protocol: int = 0) -> bytes:
     """What comes back of the marker."""
     with socket.socket(to.family, socket.SOCK_STREAM, protocol) as client:
@@ -87,3 +97,18 @@ def test_mptcp_is_no_way_around(pair: Pair, destination: SocketAddress) -> None:
 def test_a_device_bound_later_is_no_way_around(pair: Pair, destination: SocketAddress) -> None:
     """A connected socket that binds itself to eth0 stays with the proxy."""
     _assert_captured(pair, destination, _bound_to_a_device_once_connected)
+
+
+@pytest.mark.parametrize("mark", [PROXY_MARK, 0])
+@pytest.mark.parametrize("backend", ["bpf"], scope="module")
+def test_a_mark_set_later_sends_nothing(pair: Pair, destination: SocketAddress, mark: int) -> None:
+    """With CAP_NET_RAW an app can change its mark once connected; the guard drops what it sends."""
+    trick = _marked_once_connected(mark)
+    with (
+        pair.serve(pair.server, destination.port),
+        capturing(pair.client) as capture,
+        pytest.raises(TimeoutError),
+    ):
+        pair.client.run(_attempt, trick, destination, capabilities=[Capability.NET_RAW])
+    assert [str(packet) for packet in capture.packets if _MARKER in packet.payload] == []
+    assert [str(packet) for packet in capture.packets if destination.port in packet.ports] == []
