@@ -1,0 +1,91 @@
+# Everything from a clean checkout on Debian 12: `make demo` and `make test` do all set-up first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Debian's own interpreter: built with PGO and LTO, and the one that python3-bpfcc belongs to.
+# Another python3 may come first on PATH.
+PYTHON3 ?= /usr/bin/python3
+VENV := .venv
+# A virtual environment that has everything, on a machine that has everything, as in a guest of the
+# test bed: nothing is installed or built then.
+PREPARED ?=
+BIN := $(or $(PREPARED),$(VENV))/bin
+SETUP := $(if $(PREPARED),,setup)
+
+# auto | bpf | nftables | iptables; NOBPF=1 makes bpf(2) fail, as on a kernel without it.
+BACKEND ?= auto
+NOBPF ?=
+
+# Caches outside git: what is downloaded or built once and kept through `make clean`.
+PYAMBIENT_CACHE ?= $(HOME)/.cache/pyambient
+PIP_CACHE_DIR ?= $(PYAMBIENT_CACHE)/pip
+export PYAMBIENT_CACHE PIP_CACHE_DIR
+
+PACKAGES := clang llvm libbpf-dev libc6-dev linux-libc-dev make \
+            iptables nftables iproute2 procps util-linux tcpdump curl python3-venv
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
+	    awk -F'\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+.PHONY: demo
+demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|nftables|iptables, NOBPF=1)
+	$(BIN)/python -m examples.demo --backend $(BACKEND) $(if $(NOBPF),--without-bpf)
+
+.PHONY: test
+test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
+KERNELS ?= 5.10 6.1 6.12 nobpf
+
+.PHONY: test-kernels
+test-kernels: bpf ## interception and demo on other kernels (KERNELS="5.10 6.1 6.12 nobpf")
+	vagrant/test-kernels $(KERNELS)
+
+.PHONY: setup
+setup: packages $(VENV)/installed bpf ## system packages, virtual environment, BPF objects
+
+.PHONY: packages
+packages:
+	@scripts/system-packages $(PACKAGES)
+
+$(VENV)/made: | packages
+	$(PYTHON3) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made pyproject.toml setup.cfg
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,interop]'
+	@touch $@
+
+.PHONY: bpf
+bpf: packages ## compile bpf/*.c to the objects that ship in the package
+	@$(MAKE) --silent -C bpf
+
+.PHONY: lint
+lint: $(VENV)/installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/installed ## mypy, strict
+	$(BIN)/mypy
+
+.PHONY: floors
+floors: $(VENV)/installed ## imports go down the floors, never up
+	$(BIN)/lint-imports
+
+.PHONY: wheel
+wheel: $(VENV)/installed bpf ## dist/pyambient-*.whl, BPF objects included
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+.PHONY: clean
+clean: ## remove what make built; caches outside git stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	    .import_linter_cache
+	$(MAKE) --no-print-directory -C bpf clean
