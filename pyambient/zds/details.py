@@ -134,5 +134,5 @@ def _decode(packet: bytes) -> Any:
         raise DetailsError("a packet longer than the limit")
     try:
         return json.loads(packet)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DetailsError("a packet that is not JSON") from None

@@ -16,11 +16,13 @@ from typing import Any, Self
 import pyambient
 
 from .network import Bed, BedPod
+from .patience import patience
 from .seccomp import nobpf
 from .snapshot import changes, kernel_state, without_devices
 
 _SOURCES = Path(pyambient.__file__).parent.parent
-_START_TIMEOUT = _STOP_TIMEOUT = 20.0
+_START_TIMEOUT = 20.0
+_STOP_TIMEOUT = patience(20)
 _EMPTY_MESH = "workloads: []\n"
 # Joins the cgroup named first, then becomes the command.
 _IN_CGROUP = 'echo 0 > "$0/cgroup.procs" && exec "$@"'
@@ -95,7 +97,7 @@ class Mesh:
             text=True,
             capture_output=True,
             check=False,
-            timeout=60,
+            timeout=patience(60),
         )
         assert done.returncode == code, f"{verb} {words}: {done.stdout}{done.stderr}"
         return done
@@ -165,7 +167,7 @@ class Mesh:
         self, condition: Callable[[], Any], what: str, timeout: float = _START_TIMEOUT
     ) -> None:
         """Wait for a condition; fails at once when `up` ends."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         while not condition():
             assert self.process is not None
             assert self.process.poll() is None, f"up ended early:\n{self.log.read_text()}"

@@ -30,6 +30,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from .patience import patience
 from .privileges import die_with_parent
 
 _MESSAGE, _RESULT, _ERROR = "message", "result", "error"
@@ -76,7 +77,7 @@ class Child:
         """The child's next message; its exception if it failed, TimeoutError if it is silent."""
         if self._inbox:
             return self._inbox.popleft()
-        kind, value = self._read(timeout)
+        kind, value = self._read(patience(timeout))
         if kind == _MESSAGE:
             return value
         self.kill()
@@ -91,7 +92,7 @@ class Child:
 
     def wait(self, timeout: float = 20) -> Any:
         """What the function returned; raises what it raised. Unread messages stay readable."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         while True:
             kind, value = self._read(max(0.0, deadline - time.monotonic()))
             if kind == _MESSAGE:

@@ -63,6 +63,7 @@ def test_answers_come_back(answer: Answer) -> None:
         b"",
         b"\xff",
         b"[]",
+        b"[" * 60000,
         b'{"id": 1}',
         b'{"status": "u1"}',
         b'{"id": "1", "status": "u1"}',

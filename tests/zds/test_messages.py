@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyambient.model.workload import PodRef
 from pyambient.zds.messages import (
@@ -97,3 +101,19 @@ def test_a_long_error_is_cut_to_fit() -> None:
     packet = encode_ack(Ack("ü" * 2000))
     assert len(packet) < 1024
     assert set(decode_ack(packet).error) == {"ü"}
+
+
+@given(st.binary(max_size=1200))
+def test_any_bytes_are_a_message_or_an_error(packet: bytes) -> None:
+    """Decoders raise nothing but their own error, whatever comes."""
+    for decode in (decode_hello, decode_request, decode_ack):
+        with contextlib.suppress(ZdsError):
+            decode(packet)
+
+
+@given(st.text(max_size=50), st.text(max_size=50), st.text(max_size=50))
+def test_any_text_comes_back(uid: str, name: str, error: str) -> None:
+    """What is encoded is decoded as it was, empty and foreign text included."""
+    for request in (Add(PodRef(uid, name, error, name)), Keep(uid), Del(uid)):
+        assert decode_request(encode_request(request)) == request
+    assert decode_ack(encode_ack(Ack(error))) == Ack(error)

@@ -1,0 +1,99 @@
+"""The agent as a program: everything of this room in one nursery."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import trio
+
+from pyambient.errors import PyambientError
+from pyambient.observe.logs import get_logger
+
+from .api import Api
+from .config import AgentSettings
+from .enrolled import Enrolled
+from .enrolment import Enrolments
+from .lock import AgentLock
+from .proxies import Proxies
+from .records import RecordStore
+from .watcher import watch_existence, watch_network
+
+_log = get_logger("agent")
+
+
+class Agent:
+    """One agent: its enrolments, the proxies it hands them to, and the sockets it is asked at."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._proxies = Proxies()
+        store = RecordStore(settings.run_dir.pods)
+        self.enrolments = Enrolments(settings, store, self._proxies, self._hold)
+        self._api = Api(self.enrolments, self._proxies)
+        self._watches: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over what is enrolled and serve for ever; started when the sockets listen."""
+        run_dir = self._settings.run_dir
+        async with trio.open_nursery() as nursery:
+            self._watches = nursery
+            await self.enrolments.adopt_all()
+            await nursery.start(self._proxies.serve, run_dir)
+            await nursery.start(self._api.serve, run_dir.agent_socket)
+            _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
+            task_status.started()
+
+    def _hold(self, enrolled: Enrolled) -> None:
+        if self._watches is not None:
+            self._watches.start_soon(self._watch, enrolled)
+
+    async def _watch(self, enrolled: Enrolled) -> None:
+        """Follow the pod until it is freed; a bug met by one pod spares the others."""
+        if enrolled.freed.is_set():
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                refresh = partial(self.enrolments.refresh, enrolled)
+                nursery.start_soon(watch_network, enrolled, refresh)
+                nursery.start_soon(self._free_when_gone, enrolled)
+                nursery.start_soon(self._attempt, self.enrolments.resume, enrolled)
+                await enrolled.freed.wait()
+                nursery.cancel_scope.cancel()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is in the log
+            _log.error("internal error, a pod is not watched", pod=repr(enrolled), exc_info=error)
+
+    async def _free_when_gone(self, enrolled: Enrolled) -> None:
+        await watch_existence(enrolled)
+        _log.warning("the network namespace is gone", pod=str(enrolled.record.pod))
+        await self._attempt(partial(self.enrolments.unenrol, drain_timeout=0), enrolled)
+
+    async def _attempt(
+        self, action: Callable[[Enrolled], Awaitable[object]], enrolled: Enrolled
+    ) -> None:
+        """Do something that nobody waits for."""
+        try:
+            await action(enrolled)
+        except (PyambientError, OSError) as error:
+            _log.error("cannot free a pod", pod=str(enrolled.record.pod), error=str(error))
+
+    def __repr__(self) -> str:
+        return f"<Agent in {self._settings.run_dir.path} {self.enrolments!r}>"
+
+
+def run(settings: AgentSettings) -> None:
+    """Run an agent until SIGINT or SIGTERM; pods stay enrolled."""
+    settings.run_dir.prepare()
+    with AgentLock(settings.run_dir):
+        trio.run(_run, settings)
+
+
+async def _run(settings: AgentSettings) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Agent(settings).run)
+            async for _ in signals:
+                break
+            nursery.cancel_scope.cancel()
+    _log.info("stopped; pods stay enrolled")

@@ -1,0 +1,188 @@
+"""The agent's end of the details channel: describes pods to the proxies and has them drained.
+
+A proxy of another make never connects here. Nothing in this file fails because of that: there is
+just nobody to describe a pod to, and nothing to wait for when it drains.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from pyambient.observe.logs import get_logger
+from pyambient.zds.details import (
+    PACKET_LIMIT,
+    Answer,
+    Describe,
+    DetailsError,
+    Drain,
+    PodDetails,
+    Question,
+    Status,
+    decode_answer,
+    encode_question,
+)
+
+from .zds_server import EXCHANGE_TIMEOUT, MAX_PROXIES, listen, peer_pid
+
+# How long a proxy's ZDS connection waits for its details connection; a foreign one has none.
+INTRODUCTION_TIMEOUT: Final = 1.0
+_log = get_logger("details")
+
+
+class DetailsPeer:
+    """One connected proxy."""
+
+    def __init__(self, connection: trio.socket.SocketType) -> None:
+        self.pid = peer_pid(connection)
+        self._connection = connection
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, trio.MemorySendChannel[Answer]] = {}
+        self._sending = trio.Lock()
+
+    async def ask(self, question: Question, patience: float = EXCHANGE_TIMEOUT) -> Any:
+        """The proxy's result; DetailsError if it refuses, is silent for `patience` s or leaves."""
+        number = next(self._numbers)
+        answers, answer = trio.open_memory_channel[Answer](1)
+        self._waiting[number] = answers
+        try:
+            with trio.fail_after(patience):
+                async with self._sending:
+                    await self._connection.send(encode_question(number, question))
+                answered = await answer.receive()
+        except trio.TooSlowError:
+            raise DetailsError("it did not answer in time") from None
+        except (OSError, trio.EndOfChannel, trio.ClosedResourceError):
+            raise DetailsError("it hung up") from None
+        finally:
+            self._waiting.pop(number, None)
+        if answered.error:
+            raise DetailsError(answered.error)
+        return answered.result
+
+    async def receive_all(self) -> None:
+        """Pass on the proxy's answers until it hangs up."""
+        try:
+            while packet := await self._receive():
+                answer = decode_answer(packet)
+                # An answer that nobody waits for any more came after its patience.
+                if (waiting := self._waiting.get(answer.id)) is not None:
+                    waiting.send_nowait(answer)
+        except (OSError, trio.ClosedResourceError):
+            raise DetailsError("it hung up") from None
+        finally:
+            self.close()
+
+    async def _receive(self) -> bytes:
+        packet, _, flags, _ = await self._connection.recvmsg(PACKET_LIMIT)
+        if flags & socket.MSG_TRUNC:
+            raise DetailsError("a packet longer than the limit")
+        return packet
+
+    def close(self) -> None:
+        self._connection.close()
+        for waiting in self._waiting.values():
+            waiting.close()
+
+    def __repr__(self) -> str:
+        return f"<DetailsPeer pid {self.pid} {len(self._waiting)} questions>"
+
+
+class DetailsServer:
+    """What is known of the pods, and the proxies that want to know it."""
+
+    def __init__(self) -> None:
+        self._described: dict[str, PodDetails] = {}
+        self._peers: list[DetailsPeer] = []
+        self._arrival = trio.Event()
+
+    async def serve(
+        self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Accept proxies at `path`, for ever; started when it listens."""
+        with listen(path, socket.SOCK_SEQPACKET) as listener:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    connection, _ = await listener.accept()
+                    if len(nursery.child_tasks) < MAX_PROXIES:
+                        nursery.start_soon(self._serve_proxy, DetailsPeer(connection))
+                    else:
+                        connection.close()
+
+    async def _serve_proxy(self, peer: DetailsPeer) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._greet, peer)
+                await peer.receive_all()
+                nursery.cancel_scope.cancel()
+        except* DetailsError as errors:
+            _log.warning("lost the proxy", pid=peer.pid, error=str(errors.exceptions[0]))
+        finally:
+            if peer in self._peers:
+                self._peers.remove(peer)
+            peer.close()
+
+    async def _greet(self, peer: DetailsPeer) -> None:
+        told: dict[str, PodDetails] = {}
+        while missing := {u: d for u, d in self._described.items() if told.get(u) != d}:
+            uid, details = next(iter(missing.items()))
+            told[uid] = details
+            await peer.ask(Describe(uid, details))
+        self._peers.append(peer)
+        self._arrival.set()
+        self._arrival = trio.Event()
+
+    async def introduced(self, pid: int) -> None:
+        """Wait, but not long, until the proxy with this pid knows what is known of the pods."""
+        with trio.move_on_after(INTRODUCTION_TIMEOUT):
+            while not any(peer.pid == pid for peer in self._peers):
+                await self._arrival.wait()
+
+    async def describe(self, uid: str, details: PodDetails) -> None:
+        """Tell every proxy how the pod is intercepted, now and when another one connects."""
+        self._described[uid] = details
+        for peer in list(self._peers):
+            await self._ask(peer, Describe(uid, details), EXCHANGE_TIMEOUT)
+
+    def forget(self, uid: str) -> None:
+        self._described.pop(uid, None)
+
+    async def drain(self, uid: str, timeout: float) -> int | None:  # noqa: ASYNC109  the proxy waits it out, in an answer that says what is left
+        """Have the proxies finish the pod's connections; how many are left after `timeout` s.
+
+        None if no proxy could be asked.
+        """
+        left: list[int] = []
+
+        async def drain(peer: DetailsPeer) -> None:
+            answer = await self._ask(peer, Drain(uid, timeout), timeout + EXCHANGE_TIMEOUT)
+            if isinstance(answer, int):
+                left.append(answer)
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._peers:
+                nursery.start_soon(drain, peer)
+        return sum(left) if left else None
+
+    async def status(self, uid: str) -> dict[str, Any] | None:
+        """What the newest proxy says about the pod; None if there is none to ask."""
+        for peer in reversed(self._peers):
+            answer = await self._ask(peer, Status(uid), EXCHANGE_TIMEOUT)
+            if isinstance(answer, dict):
+                return answer
+        return None
+
+    async def _ask(self, peer: DetailsPeer, question: Question, patience: float) -> Any:
+        try:
+            return await peer.ask(question, patience)
+        except DetailsError as error:
+            _log.warning("the proxy failed", pid=peer.pid, asked=str(question), error=str(error))
+            return None
+
+    def __repr__(self) -> str:
+        return f"<DetailsServer {len(self._described)} pods, {self._peers}>"

@@ -1,0 +1,99 @@
+"""A pod as the agent holds it, and the request it came with."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+import trio
+
+from pyambient.errors import UsageError
+from pyambient.intercept.interface import Pod
+from pyambient.model.spiffe import SpiffeId
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.zds.details import PodDetails
+
+from .locate import path_of
+from .records import NetnsRef, Record, State
+
+# Kubernetes' own limit; three names and a uid of that length still fit a ZDS packet.
+_LONGEST_NAME: Final = 253
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolRequest:
+    """What to enrol: `netns` as `Netns.open` takes it, `backend` as `choose` does."""
+
+    netns: str
+    name: str
+    namespace: str
+    service_account: str
+    backend: str = "auto"
+
+    def pod(self) -> PodRef:
+        """The pod, under a uid of its own; UsageError for names that no identity can have."""
+        named = {
+            "name": self.name,
+            "namespace": self.namespace,
+            "service account": self.service_account,
+        }
+        for what, text in named.items():
+            if len(text) > _LONGEST_NAME or not _fits_identity(text):
+                raise UsageError(
+                    f"{text!r} cannot be a {what}",
+                    f"use letters, digits, '.', '_' and '-', at most {_LONGEST_NAME} of them",
+                )
+        return PodRef(str(uuid.uuid4()), self.name, self.namespace, self.service_account)
+
+
+def _fits_identity(text: str) -> bool:
+    try:
+        SpiffeId.parse(f"spiffe://any/ns/{text}/sa/{text}")
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(eq=False, slots=True)
+class Enrolled:
+    """A pod, its record as it is on disk, and its open network namespace.
+
+    `freed` is set when the agent no longer holds the pod; `turn` keeps enrolling, refreshing and
+    freeing of this one pod apart.
+    """
+
+    record: Record
+    netns: Netns
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    freed: trio.Event = field(default_factory=trio.Event)
+
+    @classmethod
+    def opened(cls, request: EnrolRequest) -> Self:
+        """A pod whose enrolment begins; nothing is written or changed yet."""
+        pod = request.pod()
+        netns = Netns.open(request.netns)
+        try:
+            ref = NetnsRef.of(netns, path_of(request.netns))
+        except BaseException:
+            netns.close()
+            raise
+        netns.name = ref.label
+        return cls(Record(pod, ref, request.backend, State.ENROLLING, ()), netns)
+
+    @property
+    def uid(self) -> str:
+        return self.record.pod.uid
+
+    @property
+    def target(self) -> Pod:
+        """The pod as interception sees it."""
+        return Pod(self.uid, self.netns)
+
+    @property
+    def details(self) -> PodDetails:
+        return PodDetails(self.record.backend, self.record.addresses)
+
+    def __repr__(self) -> str:
+        return f"<Enrolled {self.record.pod} {self.record.state.value} in {self.netns!r}>"

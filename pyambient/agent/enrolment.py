@@ -1,0 +1,240 @@
+"""What happens to a pod when it is enrolled and when it is freed, in this order and no other.
+
+General theory of operation
+---------------------------
+Enrolling: look before touching anything (preflight, survey, plan), write the record, PREPARE,
+have the proxy bind its listeners, then APPLY (routes), STEER (inbound), GATE (outbound) and mark
+the record. Traffic is captured only when everything that serves it is there, and a failure at any
+point undoes all of it: an enrolment either is, or leaves nothing.
+
+Un-enrolling: GATE and STEER go first, so that new connections are direct; the proxy finishes the
+old ones, which still need the routes; then the listeners and the rest in reverse.
+
+The record is on disk before the first step, and after each stage, so a crash at any point leaves
+a file from which any process can undo what was done (`free`, with no agent at all).
+
+The kernel's part is synchronous code that enters the pod's network namespace with a thread; it
+runs in trio's worker threads, one at a time, because the loader and the netlink sockets behind it
+are not made for more. Waiting for a proxy or for a drain holds up only its own pod.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+
+import trio
+
+from pyambient.errors import PyambientError, UsageError
+from pyambient.intercept.choose import choose
+from pyambient.intercept.interface import Stage
+from pyambient.intercept.runner import StepFailed, undo_stages
+from pyambient.observe.logs import get_logger
+
+from .config import AgentSettings
+from .enrolled import Enrolled, EnrolRequest
+from .interception import apply_recorded, bring_up_to_date, free, make_plan, planned, write
+from .locate import find, record_of, refuse_enrolled
+from .proxies import Proxies
+from .records import Record, RecordStore, State
+
+_PREPARING: Final = (Stage.PREPARE,)
+_CAPTURING: Final = (Stage.APPLY, Stage.STEER, Stage.GATE)
+_STEERING: Final = (Stage.STEER, Stage.GATE)
+_FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
+_ROLLBACK_TIMEOUT: Final = 30.0
+_log = get_logger("enrolment")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Enrolments:
+    """All pods of this agent; `held` is called for each one when it is enrolled or adopted."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        store: RecordStore,
+        proxies: Proxies,
+        held: Callable[[Enrolled], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._proxies = proxies
+        self._held = held
+        self._kernel = trio.CapacityLimiter(1)
+        self._pods: dict[str, Enrolled] = {}
+
+    def all(self) -> list[Enrolled]:
+        """The pods held, sorted by namespace and name."""
+        return sorted(self._pods.values(), key=lambda pod: (str(pod.record.pod), pod.uid))
+
+    def lookup(self, netns: str) -> Enrolled:
+        """The pod of the network namespace that `netns` means; UsageError if it is not enrolled."""
+        record = record_of((pod.record for pod in self._pods.values()), netns)
+        return self._pods[record.pod.uid]
+
+    async def enrol(self, request: EnrolRequest) -> Record:
+        """Enrol, or leave everything as it was and raise what went wrong."""
+        enrolled = self._claim(request)
+        async with enrolled.turn:
+            try:
+                await self._enrol(enrolled, request.backend)
+            except BaseException:
+                with trio.CancelScope(
+                    shield=True, deadline=trio.current_time() + _ROLLBACK_TIMEOUT
+                ):
+                    await self._roll_back(enrolled)
+                raise
+        _log.info("enrolled", pod=str(enrolled.record.pod), netns=enrolled.record.netns.label)
+        self._held(enrolled)
+        return enrolled.record
+
+    def _claim(self, request: EnrolRequest) -> Enrolled:
+        """Open the namespace; nobody else can enrol it from here on."""
+        claimed = Enrolled.opened(request)
+        try:
+            refuse_enrolled((pod.record for pod in self._pods.values()), claimed.netns)
+        except UsageError:
+            claimed.netns.close()
+            raise
+        self._pods[claimed.uid] = claimed
+        return claimed
+
+    async def _enrol(self, enrolled: Enrolled, backend: str) -> None:
+        site = self._settings.site
+        plan = await self._in_kernel(make_plan, enrolled.target, backend, site)
+        self._write(enrolled, planned(enrolled.record, plan, site))
+        await self._apply(enrolled, _PREPARING)
+        pid = await self._proxies.start(
+            enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout
+        )
+        self._check_proxy(pid, plan.backend)
+        await self._apply(enrolled, _CAPTURING)
+        self._write(enrolled, enrolled.record.changed(state=State.ENROLLED))
+
+    async def _apply(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
+        chosen = [step for step in enrolled.record.steps if step.stage in stages]
+        await self._in_kernel(apply_recorded, enrolled, chosen, self._store)
+
+    def _check_proxy(self, pid: int, backend: str) -> None:
+        """The BPF programs know the proxy's sockets by the cgroup they were made in."""
+        cgroup = self._settings.site.proxy_cgroup
+        if backend == "bpf" and cgroup is not None and pid not in _members(cgroup):
+            raise PyambientError(
+                f"the proxy (pid {pid}) is not in its cgroup {cgroup}",
+                "start it with 'pyambient proxy' and the same --cgroup as the agent",
+            )
+
+    async def _roll_back(self, enrolled: Enrolled) -> None:
+        try:
+            await self._free(enrolled, drain_timeout=0)
+        except (PyambientError, OSError) as error:
+            _log.error("could not undo everything", pod=str(enrolled.record.pod), error=str(error))
+
+    async def unenrol(self, enrolled: Enrolled, drain_timeout: float | None = None) -> int | None:
+        """Free the pod; how many connections had to be cut, None if nobody could tell."""
+        timeout = self._settings.drain_timeout if drain_timeout is None else drain_timeout
+        async with enrolled.turn:
+            if enrolled.freed.is_set():
+                raise UsageError(f"{enrolled.record.netns.label} is not enrolled any more")
+            left = await self._free(enrolled, timeout)
+        _log.info("unenrolled", pod=str(enrolled.record.pod), connections_cut=left or 0)
+        return left
+
+    async def _free(self, enrolled: Enrolled, drain_timeout: float) -> int | None:
+        uid, left = enrolled.uid, None
+        if enrolled.record.steps:
+            self._write(enrolled, enrolled.record.changed(state=State.DRAINING))
+            await self._undo(enrolled, _STEERING)
+            left = await self._proxies.drain(uid, drain_timeout)
+            await self._proxies.stop(uid)
+            await self._undo(enrolled, _FOUNDATION)
+        self._let_go(enrolled)
+        return left
+
+    async def _undo(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
+        steps = enrolled.record.steps
+        try:
+            await self._in_kernel(undo_stages, enrolled.target, steps, stages)
+        except StepFailed as failure:
+            self._write(enrolled, enrolled.record.changed(steps=failure.steps))
+            raise
+        left = tuple(step for step in steps if step.stage not in stages)
+        self._write(enrolled, enrolled.record.changed(steps=left))
+
+    def _let_go(self, enrolled: Enrolled) -> None:
+        self._store.remove(enrolled.uid)
+        del self._pods[enrolled.uid]
+        enrolled.freed.set()
+        enrolled.netns.close()
+
+    async def adopt_all(self) -> None:
+        """Take over what the records say: live pods go on, half-done ones and dead ones go."""
+        self._store.sweep()
+        records, errors = self._store.readable()
+        for error in errors:
+            _log.error("cannot read a record", error=str(error))
+        for record in records:
+            try:
+                await self._adopt(record)
+            except (PyambientError, OSError) as error:
+                _log.error("cannot take over a pod", pod=str(record.pod), error=str(error))
+
+    async def _adopt(self, record: Record) -> None:
+        netns = find(record.netns)
+        if netns is None:
+            await self._in_kernel(free, record, self._store)
+            _log.info("cleaned up after a pod that is gone", pod=str(record.pod))
+            return
+        enrolled = self._pods[record.pod.uid] = Enrolled(record, netns)
+        if record.state is State.ENROLLING:
+            await self.unenrol(enrolled, drain_timeout=0)
+            return
+        await self._proxies.adopt(record.pod, netns, enrolled.details)
+        self._held(enrolled)
+        _log.info("took over", pod=str(record.pod), netns=record.netns.label)
+
+    async def resume(self, enrolled: Enrolled) -> None:
+        """Go on with the un-enrolment that an agent before this one did not finish."""
+        if enrolled.record.state is State.DRAINING:
+            await self._proxies.present(self._settings.proxy_timeout)
+            await self.unenrol(enrolled)
+
+    async def refresh(self, enrolled: Enrolled) -> None:
+        """Bring the pod's interception in line with the addresses and devices it has now."""
+        async with enrolled.turn:
+            before = enrolled.record
+            if before.state is not State.ENROLLED or enrolled.freed.is_set():
+                return
+            # Its own cgroup, not ours of today: its programs are attached there.
+            cgroup = Path(before.cgroup) if before.cgroup else None
+            site = dataclasses.replace(self._settings.site, cgroup=cgroup)
+            interceptor = await self._in_kernel(choose, before.backend, site)
+            await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
+        if enrolled.record.addresses != before.addresses:
+            addresses = " ".join(enrolled.record.addresses)
+            _log.info("addresses changed", pod=str(before.pod), addresses=addresses)
+            await self._proxies.describe(enrolled.uid, enrolled.details)
+
+    def _write(self, enrolled: Enrolled, record: Record) -> None:
+        write(enrolled, record, self._store)
+
+    async def _in_kernel(self, work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+        return await trio.to_thread.run_sync(partial(work, *args, **named), limiter=self._kernel)
+
+    def __repr__(self) -> str:
+        return f"<Enrolments {len(self._pods)} pods>"
+
+
+def _members(cgroup: Path) -> set[int]:
+    """The processes in a cgroup and below it."""
+    pids: set[int] = set()
+    for file in cgroup.rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            pids.update(map(int, file.read_text("ascii").split()))
+    return pids

@@ -1,0 +1,117 @@
+"""The kernel's part of an enrolment: plans made, applied, brought up to date and undone.
+
+All of it is synchronous. What is about to be done is on disk before it is done; what a step has to
+remember for its undoing (a sysctl's previous value) is on disk right after it was applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable
+
+from pyambient.intercept.choose import choose
+from pyambient.intercept.interface import Interceptor, Plan, Pod, Restoring, Site, Step
+from pyambient.intercept.preflight import preflight
+from pyambient.intercept.rtnetlink import routing
+from pyambient.intercept.runner import StepFailed, apply_stages, refresh, undo_stages
+from pyambient.intercept.survey import survey
+from pyambient.netns import Netns
+
+from .enrolled import Enrolled
+from .locate import find
+from .records import Record, RecordStore
+
+
+def make_plan(pod: Pod, backend: str, site: Site) -> Plan:
+    """What enrolling the pod would add; PyambientError if it cannot be enrolled as it is."""
+    interceptor = choose(backend, site)
+    preflight(pod, site, interceptor.name)
+    return interceptor.plan(pod, survey(pod.netns))
+
+
+def planned(record: Record, plan: Plan, site: Site) -> Record:
+    """The record that has to be on disk before the first step of the plan is applied."""
+    return record.changed(
+        backend=plan.backend,
+        steps=plan.steps,
+        addresses=addresses_of(plan),
+        cgroup=None if site.cgroup is None else str(site.cgroup),
+    )
+
+
+def addresses_of(plan: Plan) -> tuple[str, ...]:
+    """The pod's own addresses that others can reach, each once, in the order of the survey."""
+    ips = (address.ip for address in plan.network.addresses)
+    return tuple(dict.fromkeys(ip for ip in ips if "%" not in ip))
+
+
+def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore) -> None:
+    """Apply steps of the record in the order of their stages, noting each in the record.
+
+    StepFailed leaves those before it in place: the record has them.
+    """
+    pod = enrolled.target
+    with routing(pod.netns):
+        for step in sorted(steps, key=lambda step: step.stage):
+            observed = _observed(pod, step)
+            _note(enrolled, observed, store)
+            (applied,) = apply_stages(pod, (observed,))
+            _note(enrolled, applied, store)
+
+
+def _observed(pod: Pod, step: Step) -> Step:
+    return step.observed(pod) if isinstance(step, Restoring) else step
+
+
+def _note(enrolled: Enrolled, step: Step, store: RecordStore) -> None:
+    """Put a step in the place of its equal in the record, if it knows more."""
+    steps = tuple(step if s == step else s for s in enrolled.record.steps)
+    if not all(map(operator.is_, steps, enrolled.record.steps)):
+        write(enrolled, enrolled.record.changed(steps=steps), store)
+
+
+def bring_up_to_date(enrolled: Enrolled, interceptor: Interceptor, store: RecordStore) -> None:
+    """Turn what is applied into what the pod needs now, and apply again what has got lost."""
+    pod, record = enrolled.target, enrolled.record
+    plan = interceptor.plan(pod, survey(pod.netns))
+    if plan.steps != record.steps:
+        _change(enrolled, plan, store)
+    if addresses_of(plan) != record.addresses:
+        write(enrolled, enrolled.record.changed(addresses=addresses_of(plan)), store)
+    with routing(pod.netns):
+        lost = [step for step in enrolled.record.steps if step.missing(pod)]
+    apply_recorded(enrolled, lost, store)
+
+
+def _change(enrolled: Enrolled, plan: Plan, store: RecordStore) -> None:
+    """Turn the recorded steps into the plan's; the record holds both while that goes on."""
+    pod, record = enrolled.target, enrolled.record
+    added = [_observed(pod, step) for step in plan.steps if step not in record.steps]
+    both = {step: step for step in (*record.steps, *added)}
+    write(enrolled, record.changed(steps=tuple(both)), store)
+    known = dataclasses.replace(plan, steps=tuple(both[step] for step in plan.steps))
+    try:
+        steps = refresh(pod, record.steps, known)
+    except StepFailed as failure:
+        write(enrolled, record.changed(steps=failure.steps), store)
+        raise
+    write(enrolled, record.changed(steps=steps), store)
+
+
+def free(record: Record, store: RecordStore) -> None:
+    """Undo what a record says, with or without an agent, and remove it.
+
+    Where the network namespace is gone, so is what was in it; what outlives it (pins, entries of
+    maps) is keyed by the record, and is undone from an empty namespace, where the rest is
+    nothing to undo.
+    """
+    with find(record.netns) or Netns.empty() as netns:
+        undo_stages(Pod(record.pod.uid, netns), record.steps)
+    store.remove(record.pod.uid)
+
+
+def write(enrolled: Enrolled, record: Record, store: RecordStore) -> None:
+    """Make `record` the pod's, on disk first."""
+    store.write(record)
+    enrolled.record = record

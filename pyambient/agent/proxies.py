@@ -1,0 +1,70 @@
+"""All that enrolment wants of the proxy, over both of its channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.zds.details import PodDetails
+
+from .config import RunDir
+from .details_server import DetailsServer
+from .zds_server import ZdsServer
+
+
+class Proxies:
+    """The connected proxies, old and new, as one that serves pods."""
+
+    def __init__(self) -> None:
+        self._details = DetailsServer()
+        self._zds = ZdsServer(self._details.introduced)
+
+    async def serve(
+        self, run_dir: RunDir, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Accept proxies for ever; started when both sockets listen."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._details.serve, run_dir.details_socket)
+            await nursery.start(self._zds.serve, run_dir.zds_socket)
+            task_status.started()
+
+    @property
+    def pids(self) -> list[int]:
+        """The proxies that know all pods, the newest last."""
+        return [peer.pid for peer in self._zds.proxies if peer.ready.is_set()]
+
+    async def present(self, patience: float) -> bool:
+        """Wait up to `patience` s until a proxy knows all pods; whether one does."""
+        return await self._zds.newest(trio.current_time() + patience) is not None
+
+    async def adopt(self, pod: PodRef, netns: Netns, details: PodDetails) -> None:
+        """Have the pod served by whoever connects."""
+        await self._details.describe(pod.uid, details)
+        self._zds.adopt(pod, netns)
+
+    async def start(self, pod: PodRef, netns: Netns, details: PodDetails, patience: float) -> int:
+        """Have the newest proxy bind the pod's listeners, within `patience` s; the proxy's pid."""
+        await self._details.describe(pod.uid, details)
+        peer = await self._zds.add(pod, netns, patience)
+        return peer.pid
+
+    async def describe(self, uid: str, details: PodDetails) -> None:
+        await self._details.describe(uid, details)
+
+    async def drain(self, uid: str, timeout: float) -> int | None:  # noqa: ASYNC109  the proxy waits it out
+        """Have the pod's connections finished; how many are left, None if that is unknown."""
+        return await self._details.drain(uid, timeout)
+
+    async def stop(self, uid: str) -> None:
+        """Have every proxy close the pod's listeners."""
+        await self._zds.remove(uid)
+        self._details.forget(uid)
+
+    async def status(self, uid: str) -> dict[str, Any] | None:
+        return await self._details.status(uid)
+
+    def __repr__(self) -> str:
+        return f"<Proxies {self._zds!r} {self._details!r}>"

@@ -1,0 +1,77 @@
+"""Asking the kernel for one TCP socket by its addresses (sock_diag(7), inet_diag).
+
+pyroute2's `DiagSocket` can only dump every socket of the namespace; the answer here must come
+before a proxy that refuses the connection has closed it, so this asks for exactly one.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final
+
+from pyambient.model.address import SocketAddress, canonical_ip
+
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLM_F_REQUEST: Final = 1
+_NLMSG_ERROR: Final = 2
+_TCP_LISTEN: Final = 10
+_ANY_STATE: Final = 0xFFFFFFFF
+_HEADER: Final = struct.Struct("=IHHII")
+# inet_diag_req_v2: family, protocol, extensions, padding, states; then the socket's id.
+_REQUEST: Final = struct.Struct("=BBBBI")
+# inet_diag_msg: family, state, timer, retransmits; then the socket's id.
+_ANSWER: Final = struct.Struct("=BBBB")
+_PORTS: Final = struct.Struct("!HH")
+_NO_INTERFACE_NO_COOKIE: Final = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+_BUFFER: Final = 4096
+
+
+class SocketDiagnosis:
+    """A sock_diag socket of the namespace that the calling thread is in; needs no privilege."""
+
+    def __init__(self) -> None:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
+
+    def connected(self, local: SocketAddress, remote: SocketAddress) -> bool:
+        """Whether a TCP socket with just these two addresses exists here, in any state.
+
+        The kernel's look-up falls back to listeners, sk_lookup programs included, so what it
+        finds is compared with what was asked for.
+        """
+        self._socket.send(_question(local, remote))
+        answer = self._socket.recv(_BUFFER)
+        kind = _HEADER.unpack_from(answer)[1]
+        if kind == _NLMSG_ERROR:
+            return False
+        family, state, _, _ = _ANSWER.unpack_from(answer, _HEADER.size)
+        found = _addresses(family, answer[_HEADER.size + _ANSWER.size :])
+        return state != _TCP_LISTEN and found == (local, remote)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _question(local: SocketAddress, remote: SocketAddress) -> bytes:
+    body = _REQUEST.pack(local.family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE)
+    body += _PORTS.pack(local.port, remote.port) + _packed(local) + _packed(remote)
+    body += _NO_INTERFACE_NO_COOKIE
+    size = _HEADER.size + len(body)
+    return _HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body
+
+
+def _packed(address: SocketAddress) -> bytes:
+    return socket.inet_pton(address.family, address.ip.partition("%")[0]).ljust(16, b"\0")
+
+
+def _addresses(family: int, raw: bytes) -> tuple[SocketAddress, SocketAddress]:
+    """The local and the remote address of an inet_diag_sockid."""
+    size = 4 if family == socket.AF_INET else 16
+    local_port, remote_port = _PORTS.unpack_from(raw)
+    local, remote = raw[4:][:size], raw[20:][:size]
+    return (
+        SocketAddress(canonical_ip(socket.inet_ntop(family, local)), local_port),
+        SocketAddress(canonical_ip(socket.inet_ntop(family, remote)), remote_port),
+    )

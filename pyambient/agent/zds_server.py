@@ -1,0 +1,244 @@
+"""The agent's end of ZDS: tells every connected proxy which pods to serve.
+
+General theory of operation
+---------------------------
+Proxies connect to us. A new one is told of every pod (Add, with a copy of the network namespace's
+fd), then SnapshotSent, then what changes. While two are connected (an upgrade: the old one is
+draining) an Add goes to the newest alone, a Del to all of them; their listeners share the ports
+by SO_REUSEPORT.
+
+A connection has one outstanding message and five seconds for its ack, as in istio-cni. Anything
+out of turn closes it: the proxy goes on serving what it serves, reconnects and gets a snapshot,
+which puts right whatever was half done.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from pyambient.errors import PyambientError
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.observe.logs import get_logger
+from pyambient.zds.messages import (
+    BUFFER_SIZE,
+    Ack,
+    Add,
+    Del,
+    Hello,
+    Request,
+    SnapshotSent,
+    ZdsError,
+)
+from pyambient.zds.session import AgentSession
+
+EXCHANGE_TIMEOUT: Final = 5.0
+MAX_PROXIES: Final = 16
+_BACKLOG: Final = 16
+_UCRED: Final = struct.Struct("iII")
+_log = get_logger("zds")
+
+
+def listen(path: Path, kind: socket.SocketKind) -> trio.socket.SocketType:
+    """A unix socket that listens at `path` for root alone; a stale one there is removed."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(_BACKLOG)
+    return trio.socket.from_stdlib_socket(listener)
+
+
+def peer_pid(connection: trio.socket.SocketType) -> int:
+    """The process that connected, by the kernel's word (SO_PEERCRED)."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(raw)[0])
+
+
+class ProxyPeer:
+    """One connected proxy."""
+
+    def __init__(self, connection: trio.socket.SocketType) -> None:
+        self.pid = peer_pid(connection)
+        self.closed = False
+        self.greeted = trio.Event()
+        self.ready = trio.Event()
+        self._connection = connection
+        self._session = AgentSession()
+        self._turn = trio.Lock()
+        self._acks, self._answers = trio.open_memory_channel[Ack](1)
+
+    async def exchange(self, request: Request, netns: Netns | None = None) -> Ack:
+        """Send `request` in its turn and wait for its ack; ZdsError when the connection is over.
+
+        Whatever goes wrong ends the connection: an ack that is missing would be taken for the
+        next request's.
+        """
+        async with self._turn:
+            try:
+                with trio.fail_after(EXCHANGE_TIMEOUT):
+                    await self._send(self._session.request(request), netns)
+                    return await self._answers.receive()
+            except BaseException as error:
+                self.close()
+                if isinstance(error, trio.TooSlowError):
+                    raise ZdsError("it did not answer in time") from None
+                if isinstance(error, (trio.EndOfChannel, trio.ClosedResourceError, OSError)):
+                    raise ZdsError("it hung up") from None
+                raise
+
+    async def _send(self, packet: bytes, netns: Netns | None) -> None:
+        ancillary = []
+        if netns is not None:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [netns.fd]))]
+        await self._connection.sendmsg([packet], ancillary)
+
+    async def receive_all(self) -> None:
+        """Pass on what the proxy says until it hangs up; ZdsError for what is out of turn."""
+        try:
+            while packet := await self._connection.recv(BUFFER_SIZE):
+                match self._session.receive(packet):
+                    case Hello():
+                        self.greeted.set()
+                    case Ack() as ack:
+                        self._acks.send_nowait(ack)
+        except (OSError, trio.ClosedResourceError) as error:
+            raise ZdsError(str(error)) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self.closed = True
+        self._connection.close()
+        self._acks.close()
+
+    def __repr__(self) -> str:
+        return f"<ProxyPeer pid {self.pid} {self._session!r}>"
+
+
+class ZdsServer:
+    """The pods to be served, and the proxies that serve them.
+
+    `introduce` is awaited with the pid of a proxy before its snapshot, so that the details
+    channel can be there first.
+    """
+
+    def __init__(self, introduce: Callable[[int], Awaitable[None]]) -> None:
+        self.proxies: list[ProxyPeer] = []
+        self._introduce = introduce
+        self._pods: dict[str, tuple[PodRef, Netns]] = {}
+        self._arrival = trio.Event()
+
+    async def serve(
+        self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Accept proxies at `path`, for ever; started when it listens."""
+        with listen(path, socket.SOCK_SEQPACKET) as listener:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    connection, _ = await listener.accept()
+                    if len(self.proxies) >= MAX_PROXIES:
+                        _log.warning("too many proxies are connected", limit=MAX_PROXIES)
+                        connection.close()
+                        continue
+                    nursery.start_soon(self._serve_proxy, ProxyPeer(connection))
+
+    async def _serve_proxy(self, peer: ProxyPeer) -> None:
+        self.proxies.append(peer)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._greet, peer)
+                await peer.receive_all()
+                nursery.cancel_scope.cancel()
+        except* ZdsError as errors:
+            _log.error("lost the proxy", pid=peer.pid, error=str(errors.exceptions[0]))
+        else:
+            _log.warning("the proxy hung up", pid=peer.pid)
+        finally:
+            self.proxies.remove(peer)
+            peer.close()
+
+    async def _greet(self, peer: ProxyPeer) -> None:
+        """The snapshot; what goes wrong with a pod in it is logged, the others go on."""
+        with trio.move_on_after(EXCHANGE_TIMEOUT) as waiting:
+            await peer.greeted.wait()
+        if waiting.cancelled_caught:
+            raise ZdsError("it said no hello")
+        await self._introduce(peer.pid)
+        named: set[str] = set()
+        await self._name_all(peer, named)
+        await peer.exchange(SnapshotSent())
+        _log.info("a proxy is connected", pid=peer.pid, pods=len(named))
+        peer.ready.set()
+        self._arrival.set()
+        self._arrival = trio.Event()
+        # Until now a pod could go to an older proxy alone.
+        await self._name_all(peer, named)
+
+    async def _name_all(self, peer: ProxyPeer, named: set[str]) -> None:
+        while missing := [uid for uid in self._pods if uid not in named]:
+            pod, netns = self._pods[missing[0]]
+            named.add(pod.uid)
+            ack = await peer.exchange(Add(pod), netns)
+            if ack.error:
+                _log.error("the proxy cannot serve a pod", pod=str(pod), error=ack.error)
+
+    def adopt(self, pod: PodRef, netns: Netns) -> None:
+        """Have proxies that connect from now on serve the pod."""
+        self._pods[pod.uid] = (pod, netns)
+
+    async def add(self, pod: PodRef, netns: Netns, patience: float) -> ProxyPeer:
+        """Have the newest proxy serve the pod; return it when its listeners are bound.
+
+        Waits up to `patience` seconds for a proxy. A PyambientError means that none serves it.
+        """
+        deadline = trio.current_time() + patience
+        while (peer := await self.newest(deadline)) is not None:
+            self._pods[pod.uid] = (pod, netns)
+            try:
+                ack = await peer.exchange(Add(pod), netns)
+            except ZdsError as error:
+                _log.warning("the proxy failed during an Add", pid=peer.pid, error=str(error))
+                continue
+            if not ack.error:
+                return peer
+            await self.remove(pod.uid)
+            raise PyambientError(f"the proxy cannot serve {pod}: {ack.error}")
+        self._pods.pop(pod.uid, None)
+        raise PyambientError(
+            "no proxy is connected to the agent",
+            "start one with 'pyambient proxy' or 'pyambient up'",
+        )
+
+    async def newest(self, deadline: float) -> ProxyPeer | None:
+        """The proxy that connected last and has its snapshot; None if there is none in time."""
+        with trio.move_on_at(deadline):
+            while True:
+                for peer in reversed(self.proxies):
+                    if peer.ready.is_set() and not peer.closed:
+                        return peer
+                await self._arrival.wait()
+        return None
+
+    async def remove(self, uid: str) -> None:
+        """Have every proxy stop serving the pod; one that cannot be told gets a new snapshot."""
+        self._pods.pop(uid, None)
+        for peer in list(self.proxies):
+            if not peer.greeted.is_set():
+                continue
+            with contextlib.suppress(ZdsError):
+                ack = await peer.exchange(Del(uid))
+                if ack.error:
+                    _log.warning("the proxy cannot stop a pod", uid=uid, error=ack.error)
+
+    def __repr__(self) -> str:
+        return f"<ZdsServer {len(self._pods)} pods, {self.proxies}>"

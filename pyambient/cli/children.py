@@ -1,0 +1,115 @@
+"""The processes of `pyambient up`: started, watched, started again, stopped.
+
+A child ends with its parent, even if that is killed: it asks the kernel for a signal at the
+parent's death (PR_SET_PDEATHSIG), which counts the death of the *thread* that forked it. Children
+are therefore started in the main thread and not by `trio.run_process`, which uses others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import click
+import trio
+
+FIRST_DELAY: Final = 0.5
+LAST_DELAY: Final = 15.0
+# A child that lived this long starts over with the first delay.
+LASTING: Final = 30.0
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def stop_with(parent: int) -> None:
+    """Have the kernel end this process (SIGTERM) when `parent`, which started it, ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit(0)
+
+
+class ChildFailed(Exception):
+    """A child ended before `up` was ready; it has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(eq=False)
+class Child:
+    """One command of pyambient in a process of its own; `patience` s after SIGTERM it is killed."""
+
+    name: str
+    arguments: Sequence[str]
+    patience: float
+    ready: trio.Event
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    async def keep_running(self) -> None:
+        """Run the command again whenever it ends; ChildFailed if it ends before `ready`."""
+        delay = FIRST_DELAY
+        while True:
+            began = trio.current_time()
+            code = await self._run()
+            if not self.ready.is_set():
+                raise ChildFailed(code)
+            if trio.current_time() - began > LASTING:
+                delay = FIRST_DELAY
+            click.echo(f"the {self.name} {_ending(code)}; next start in {delay:g} s", err=True)
+            await trio.sleep(delay)
+            delay = min(delay * 2, LAST_DELAY)
+
+    async def _run(self) -> int:
+        """Run the command once; its return code. Cancelled, it is told to stop and waited for."""
+        line = [sys.executable, "-m", "pyambient", *self.arguments]
+        # A session of its own: Ctrl-C is for the parent, which stops the children in peace.
+        process = subprocess.Popen(  # noqa: ASYNC220 - in this very thread, see above
+            line, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self.process = process
+        try:
+            await _ended(process)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._stop(process)
+        return process.wait()
+
+    async def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        with trio.move_on_after(self.patience):
+            process.terminate()
+            await _ended(process)
+        process.kill()
+        await _ended(process)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.process is None else self.process.pid
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} {self.process!r}>"
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process has ended, and reap it."""
+    if process.poll() is not None:
+        return
+    handle = os.pidfd_open(process.pid)
+    try:
+        await trio.lowlevel.wait_readable(handle)
+    finally:
+        os.close(handle)
+    process.wait()
+
+
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended (exit code {code})"

@@ -1,0 +1,103 @@
+"""`pyambient enroll`: one network namespace into the mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pyambient.agent.client import ask
+from pyambient.agent.config import AgentSettings, RunDir
+from pyambient.agent.locate import path_of
+from pyambient.errors import UsageError
+
+from .options import (
+    Invocation,
+    cgroup_option,
+    common_options,
+    examples,
+    existing_cgroup,
+    require_root,
+)
+
+
+@click.command(
+    "enroll",
+    epilog=examples(
+        "pyambient enroll shop --namespace default --service-account shop",
+        "pyambient enroll pid:4711 --name shop-1 --namespace default --service-account shop",
+        "pyambient enroll shop --namespace default --service-account shop --dry-run",
+    ),
+)
+@click.argument("netns")
+@click.option("--namespace", required=True, help="The namespace of its identity.")
+@click.option("--service-account", required=True, help="The service account of its identity.")
+@click.option("--name", help="The workload's name.  [default: the name of the netns]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "bpf", "nftables", "iptables"]),
+    default="auto",
+    show_default=True,
+    help="How its traffic is captured.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done; no agent is needed.")
+@cgroup_option
+@common_options
+@click.pass_context
+def command(  # noqa: PLR0913 - a parameter for each option
+    ctx: click.Context,
+    /,
+    *,
+    netns: str,
+    namespace: str,
+    service_account: str,
+    name: str | None,
+    backend: str,
+    dry_run: bool,
+    cgroup: Path | None,
+) -> None:
+    """Put the network namespace NETNS into the mesh.
+
+    NETNS is a name from 'ip netns', a path, or pid:N. What its processes connect to from now on
+    goes through the proxy, and so does what connects to them. --cgroup counts for --dry-run
+    only: otherwise it is the agent's.
+    """
+    require_root("enroll")
+    run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
+    request = {
+        "netns": path_of(netns),
+        "name": name or _name_of(netns),
+        "namespace": namespace,
+        "service_account": service_account,
+        "backend": backend,
+    }
+    if dry_run:
+        settings = AgentSettings(run_dir, existing_cgroup(cgroup))
+        click.echo(_dry_run(settings, **request), nl=False)
+        return
+    pod = ask(run_dir, "enroll", **request)
+    addresses = " ".join(pod["addresses"]) or "no address yet"
+    click.echo(
+        f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
+        f" ({pod['backend']}, {addresses})"
+    )
+
+
+def _name_of(netns: str) -> str:
+    if netns.startswith(("pid:", "fd:")):
+        raise UsageError(f"{netns} has no name to be known by", "give it one with --name")
+    return Path(netns).name
+
+
+def _dry_run(settings: AgentSettings, **request: str) -> str:
+    """What the enrolment would add, after the checks that come before it."""
+    from pyambient.agent.enrolled import Enrolled, EnrolRequest  # noqa: PLC0415 - loads trio
+    from pyambient.agent.interception import make_plan  # noqa: PLC0415 - loads the backends
+    from pyambient.agent.locate import refuse_enrolled  # noqa: PLC0415 - beside its caller
+    from pyambient.agent.records import RecordStore  # noqa: PLC0415 - beside its caller
+
+    pod = Enrolled.opened(EnrolRequest(**request))
+    with pod.netns:
+        records, _ = RecordStore(settings.run_dir.pods).readable()
+        refuse_enrolled(records, pod.netns)
+        return make_plan(pod.target, request["backend"], settings.site).render()

@@ -1,0 +1,54 @@
+"""What a failure looks like: one line on standard error, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from pyambient.errors import PyambientError
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a task failed with, without the groups that trio's nurseries put around it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def report(error: BaseException) -> int:
+    """Print the one line; the exit code."""
+    error = root_cause(error)
+    match error:
+        case click.exceptions.NoArgsIsHelpError():
+            error.show()
+            return error.exit_code
+        case click.ClickException():
+            return _fail(_usage_line(error), error.exit_code)
+        case click.Abort():
+            return _fail("interrupted", 130)
+        case PyambientError():
+            return _fail(str(error), error.exit_code)
+        case BrokenPipeError():
+            # Whoever read our output has seen enough; nothing can be flushed to it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case _:
+            text = " ".join(str(error).split()) or "no reason given"
+            return _fail(
+                f"{type(error).__name__}: {text}; --debug before the command shows where", 1
+            )
+
+
+def _usage_line(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split()).rstrip(".")
+    text = message[:1].lower() + message[1:]
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{text}; see '{error.ctx.command_path} --help'"
+    return text
+
+
+def _fail(line: str, code: int) -> int:
+    click.echo(f"error: {line}", err=True)
+    return code

@@ -1,0 +1,73 @@
+"""`pyambient status`: what is enrolled, and who serves it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pyambient.agent.client import AgentAbsent, ask
+from pyambient.agent.config import RunDir
+
+from .options import Invocation, common_options, examples, output_option, require_root
+
+_COLUMNS = {
+    "NETNS": "netns",
+    "NAME": "name",
+    "NAMESPACE": "namespace",
+    "SERVICE-ACCOUNT": "service_account",
+    "BACKEND": "backend",
+    "STATE": "state",
+    "ADDRESSES": "addresses",
+}
+
+
+@click.command(
+    "status",
+    epilog=examples("pyambient status", "pyambient status -o json | jq '.pods[].addresses'"),
+)
+@output_option
+@common_options
+@click.pass_context
+def command(ctx: click.Context, /, *, output: str) -> None:
+    """Show what is enrolled.
+
+    Without an agent, what its records say is shown.
+    """
+    require_root("status")
+    run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
+    try:
+        status = ask(run_dir, "status")
+    except AgentAbsent as absent:
+        status = _recorded(run_dir)
+        click.echo(f"note: {absent.what}", err=True)
+    if output == "json":
+        click.echo(json.dumps(status, indent=2))
+        return
+    for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
+        click.echo(line)
+    if status["agent"] and not status["proxies"]:
+        click.echo("note: no proxy is connected; what the pods send is refused", err=True)
+
+
+def _recorded(run_dir: RunDir) -> dict[str, Any]:
+    from pyambient.agent.records import RecordStore  # noqa: PLC0415 - only without an agent
+    from pyambient.agent.status import describe  # noqa: PLC0415 - only without an agent
+
+    records, errors = RecordStore(run_dir.pods).readable()
+    for error in errors:
+        click.echo(f"error: {error}", err=True)
+    return {"agent": None, "proxies": [], "pods": [describe(record) for record in records]}
+
+
+def _row(pod: dict[str, Any]) -> list[str]:
+    cells = [pod[key] for key in _COLUMNS.values()]
+    return [" ".join(cell) if isinstance(cell, list) else cell for cell in cells]
+
+
+def table(rows: list[list[str]], header: list[str]) -> list[str]:
+    """Aligned lines, two spaces between columns, "-" for what is empty."""
+    lines = [header, *([cell or "-" for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

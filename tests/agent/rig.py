@@ -1,0 +1,232 @@
+"""An agent and a proxy in processes of their own, for tests that ask, kill and look.
+
+The agent is the real one. The proxy is a small one: real ZDS and details clients, real listeners
+in the pods, and nobody behind them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from pyambient.agent import interception
+from pyambient.agent.agent import Agent
+from pyambient.agent.client import ask
+from pyambient.agent.config import AgentSettings, RunDir
+from pyambient.agent.lock import AgentLock
+from pyambient.agent.records import Record, RecordStore
+from pyambient.errors import PyambientError
+from pyambient.intercept.interface import Pod, Step
+from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.proxy import sockets
+from pyambient.proxy.details_client import serve_details
+from pyambient.proxy.zds_client import serve_zds
+from pyambient.zds.details import PodDetails
+from tests.bed import Bed, BedPod, Channel, Child
+
+_PATIENCE = 20.0
+
+
+class Rig:
+    """One run directory, and who works in it."""
+
+    def __init__(self, bed: Bed, directory: Path) -> None:
+        self.bed = bed
+        self.run_dir = RunDir(directory / "run")
+        self.store = RecordStore(self.run_dir.pods)
+        self.settings = AgentSettings(self.run_dir, bed.cgroup.path, proxy_timeout=5)
+        self.run_dir.prepare()
+
+    def start_agent(self, sabotage: Callable[[], None] | None = None) -> Child:
+        """An agent that answers; `sabotage` is called in it right after each applied step."""
+        agent = self.bed.node.spawn(_run_agent, self.settings, sabotage, uid=0, gid=0)
+        assert agent.receive() == "ready"
+        return agent
+
+    def start_proxy(
+        self,
+        refusing: Iterable[str] = (),
+        *,
+        in_cgroup: bool = True,
+        slow_to_drain: bool = False,
+    ) -> Child:
+        """A proxy that is about to connect, and refuses the pods of these names.
+
+        One that is slow to drain waits until it is told "drained". "calls" asks for what it was
+        told so far, "forget" empties that.
+        """
+        cgroup = self.bed.cgroup.proxy if in_cgroup else None
+        self.bed.cgroup.proxy.mkdir(exist_ok=True)
+        arguments = (self.run_dir, frozenset(refusing))
+        return self.bed.node.spawn(
+            _run_proxy, *arguments, slow_to_drain=slow_to_drain, uid=0, gid=0, cgroup=cgroup
+        )
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        return ask(self.run_dir, command, _PATIENCE, **arguments)
+
+    def enroll(self, pod: BedPod, backend: str = "bpf") -> dict[str, Any]:
+        names = {"name": pod.name, "namespace": "default", "service_account": pod.name}
+        return dict(self.ask("enroll", netns=pod.path, backend=backend, **names))
+
+    def records(self) -> dict[str, Record]:
+        """What is on disk, by the pods' names."""
+        return {record.pod.name: record for record in self.store.all()}
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(condition)
+            time.sleep(0.02)
+
+    def wait_for_proxies(self, count: int = 1) -> None:
+        self.wait_until(lambda: len(self.ask("status")["proxies"]) == count)
+
+
+class FailOnceMoreEachTime:
+    """Fails the first enrolment after its first step, the second after its second, and so on."""
+
+    def __init__(self) -> None:
+        self._applied = 0
+        self._allowed = 1
+
+    def __call__(self) -> None:
+        self._applied += 1
+        if self._applied == self._allowed:
+            self._applied = 0
+            self._allowed += 1
+            raise PyambientError("told to fail")
+
+
+class DieAfter:
+    """Ends the process like kill -9 after so many steps, before it can note the last one."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if not self._left:
+            os._exit(9)
+
+
+def _run_agent(
+    channel: Channel, settings: AgentSettings, sabotage: Callable[[], None] | None
+) -> None:
+    if sabotage is not None:
+        _call_after_each_step(sabotage)
+    with AgentLock(settings.run_dir):
+        trio.run(_agent, channel, settings)
+
+
+def _call_after_each_step(sabotage: Callable[[], None]) -> None:
+    apply = interception.apply_stages
+
+    def apply_and_more(pod: Pod, steps: Iterable[Step]) -> tuple[Step, ...]:
+        applied = apply(pod, steps)
+        sabotage()
+        return applied
+
+    interception.apply_stages = apply_and_more
+
+
+async def _agent(channel: Channel, settings: AgentSettings) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(Agent(settings).run)
+        channel.send("ready")
+        await trio.lowlevel.wait_readable(channel.fileno())
+        nursery.cancel_scope.cancel()
+
+
+def _run_proxy(
+    channel: Channel, run_dir: RunDir, refusing: frozenset[str], *, slow_to_drain: bool
+) -> None:
+    async def run() -> None:
+        proxy = _SmallProxy(channel, refusing)
+        if not slow_to_drain:
+            proxy.drained.set()
+        await proxy.run(run_dir)
+
+    trio.run(run)
+
+
+class _SmallProxy:
+    """PodHandler and DetailsHandler, as told by the test."""
+
+    def __init__(self, channel: Channel, refusing: frozenset[str]) -> None:
+        self.drained = trio.Event()
+        self._channel = channel
+        self._refusing = refusing
+        self._calls: list[str] = []
+        self._names: dict[str, str] = {}
+        self._details: dict[str, PodDetails] = {}
+        self._listeners: dict[str, list[socket.socket]] = {}
+
+    async def run(self, run_dir: RunDir) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_details, run_dir.details_socket, self)
+            nursery.start_soon(serve_zds, run_dir.zds_socket, self)
+            while True:
+                await trio.lowlevel.wait_readable(self._channel.fileno())
+                self._channel.send(self._answer(self._channel.receive()))
+
+    def _answer(self, command: str) -> object:
+        match command:
+            case "calls":
+                return [self._named(call) for call in self._calls]
+            case "forget":
+                self._calls.clear()
+            case "drained":
+                self.drained.set()
+        return True
+
+    def _named(self, call: str) -> str:
+        for uid, name in self._names.items():
+            call = call.replace(uid, name)
+        return call
+
+    async def add(self, pod: PodRef, netns: Netns) -> None:
+        self._calls.append(f"add {pod.uid}")
+        self._names[pod.uid] = pod.name
+        with netns:
+            if pod.name in self._refusing:
+                raise PyambientError(f"{pod.name} is not wanted")
+            netfilter = self._details[pod.uid].backend != "bpf"
+            self._listeners[pod.uid] = [
+                sockets.listener(netns, port, netfilter=netfilter)
+                for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
+            ]
+
+    async def remove(self, uid: str) -> None:
+        self._calls.append(f"remove {uid}")
+        self._stop(uid)
+
+    async def retain(self, uids: frozenset[str]) -> None:
+        self._calls.append(f"retain {' '.join(sorted(uids))}".strip())
+        for uid in set(self._listeners) - uids:
+            self._stop(uid)
+
+    def _stop(self, uid: str) -> None:
+        for listener in self._listeners.pop(uid, ()):
+            listener.close()
+
+    def describe(self, uid: str, details: PodDetails) -> None:
+        self._calls.append(f"describe {uid} {details.backend} {' '.join(details.addresses)}")
+        self._details[uid] = details
+
+    async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
+        self._calls.append(f"drain {uid} {timeout:g}")
+        await self.drained.wait()
+        return 0
+
+    def status(self, uid: str) -> dict[str, Any]:
+        return {"listeners": len(self._listeners.get(uid, ()))}
