@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class NodeStep:
 
 
 @dataclass(frozen=True, slots=True)
-class _MapEntry:
+class _MapEntry(ABC):
     """An entry of a map of the node, keyed by the cookie of the pod's network namespace."""
 
     bpffs: str
@@ -100,8 +101,9 @@ class _MapEntry:
     def _key(self) -> bytes:
         return struct.pack("=Q", self.cookie)
 
+    @abstractmethod
     def _value(self, pod: Pod) -> bytes:
-        raise NotImplementedError
+        """What the entry holds."""
 
 
 @step
