@@ -295,8 +295,7 @@ class InboundConnection:
         self._end()
 
     def _end(self) -> None:
-        self._scope.forget(self)
-        self._scope.worker.access_log.complete(self._record)
+        self._scope.finish(self, self._record)
 
     def __repr__(self) -> str:
         return f"<InboundConnection {self._record.source} to {self._record.hbone_authority}>"

@@ -110,8 +110,7 @@ class PlainConnection:
         self._end()
 
     def _end(self) -> None:
-        self._scope.forget(self)
-        self._scope.worker.access_log.complete(self._record)
+        self._scope.finish(self, self._record)
 
     def __repr__(self) -> str:
         return f"<PlainConnection {self._record.source} to {self._target}>"

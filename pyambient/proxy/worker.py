@@ -21,7 +21,7 @@ from pyambient.model.policy import ConnectionFacts
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import PodRef, TunnelProtocol, Workload
 from pyambient.netns import Netns
-from pyambient.observe.accesslog import AccessLog
+from pyambient.observe.accesslog import AccessLog, ConnectionRecord
 from pyambient.zds.details import PodDetails
 
 NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
@@ -138,13 +138,15 @@ class PodScope:
         self.nursery.start_soon(task, *args)
 
     def track(self, connection: Live) -> None:
-        """Count a proxied connection; `forget` it when it is finished."""
+        """Count a proxied connection; `finish` it when it is over."""
         self.live[connection] = None
 
-    def forget(self, connection: Live) -> None:
+    def finish(self, connection: Live, record: ConnectionRecord) -> None:
+        """A proxied connection is over: forget it, and write its line."""
         self.live.pop(connection, None)
         if not self.live:
             self.idle.set()
+        self.worker.access_log.complete(record)
 
     async def wait_idle(self) -> None:
         """Wait until no proxied connection is left."""
