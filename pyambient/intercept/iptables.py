@@ -1,23 +1,7 @@
-"""Backend "iptables": Istio's rules in the pod, for kernels and nodes without eBPF.
+"""Backend "iptables": Istio's rules in the pod, for nodes without eBPF and without nft.
 
-General theory of operation
----------------------------
-Only TCP is redirected. Outbound, nat OUTPUT sends every new connection of an app to 15001;
-inbound, nat PREROUTING sends those from outside to 15006, and leaves 15008 alone. The proxy's
-own sockets are known by their mark (any container with CAP_NET_RAW can set it: only backend "bpf"
-does without that trust). A connection from the proxy to the app keeps the client's address, so
-the app's answers would leave the pod: mangle PREROUTING notes the proxy's mark on the conntrack
-entry, mangle OUTPUT puts our loopback mark on the answers, and a rule delivers them on lo.
-
-Two things differ from Istio. Redirects match `--syn`: a connection from before the enrolment,
-which conntrack takes for new at its next packet, goes on untouched. And the rules come in three
-transactions, one per stage, so that the redirects can be withdrawn while the rest keeps live
-connections working. Connections that were redirected survive that, too: netfilter consults nat
-rules for a connection's first packet only. What must stay are the base chains: without any in
-the namespace, the kernel stops translating. So the tables go last (`NftTables`).
-
-A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
-127.0.0.1 by that device. It does not bypass the mesh.
+The rules are those of `netfilter`, in Istio's chains. The tables of iptables-nft go last
+(`NftTables`): translation ends with the last base chain.
 """
 
 from __future__ import annotations
@@ -29,27 +13,40 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from pyambient.errors import PyambientError
-from pyambient.model.numbers import (
-    HBONE_PORT,
-    INBOUND_PORT,
-    LOOPBACK_MARK,
-    MARK_MASK,
-    OUTBOUND_PORT,
-    PROBE_ADDRESS_V4,
-    PROBE_ADDRESS_V6,
-    PROXY_MARK,
-)
+from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
 
-from . import nf_tables
+from . import netfilter, nf_tables
 from .fib import delivery
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
-from .iptables_tools import choose_variant, run, tool
+from .iptables_tools import choose_variant, tool
+from .netfilter import Action, Field, Match, Place, Rule
+from .programs import run
 from .sysctl import ReservedPorts
 
 _INBOUND, _OUTBOUND = "ISTIO_PRERT", "ISTIO_OUTPUT"
 _HOOKS = {_INBOUND: "PREROUTING", _OUTBOUND: "OUTPUT"}
-_PROXY = f"{PROXY_MARK:#x}/{MARK_MASK:#x}"
-_LOOPBACK = f"{LOOPBACK_MARK:#x}/{MARK_MASK:#x}"
+_PLACES = {
+    Place.REPLIES_IN: _INBOUND,
+    Place.REPLIES_OUT: _OUTBOUND,
+    Place.INBOUND: _INBOUND,
+    Place.OUTBOUND: _OUTBOUND,
+}
+_OPTIONS = {
+    Field.SOURCE: "-s",
+    Field.DESTINATION: "-d",
+    Field.OUTPUT_DEVICE: "-o",
+    Field.PROTOCOL: "-p",
+    Field.DESTINATION_PORT: "--dport",
+    Field.MARK: "--mark",
+    Field.CONNECTION_MARK: "--mark",
+}
+_MODULES = {Field.MARK: "-m mark ", Field.CONNECTION_MARK: "-m connmark "}
+_TARGETS = {
+    Action.ACCEPT: "ACCEPT",
+    Action.REDIRECT: "REDIRECT --to-ports",
+    Action.NOTE_ON_CONNECTION: f"CONNMARK --set-xmark {LOOPBACK_MARK:#x}/{MARK_MASK:#x}",
+    Action.MARK_AS_CONNECTION: "CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +225,9 @@ class Iptables:
             if variant == "nft":
                 steps.append(NftTables(ipv6))
             steps += [
-                ReplyMarks(ipv6, variant, _reply_marks()),
-                InboundRedirect(ipv6, variant, _inbound(ipv6=ipv6)),
-                OutboundRedirect(ipv6, variant, _outbound(ipv6=ipv6)),
+                ReplyMarks(ipv6, variant, _lines(Place.REPLIES_IN, Place.REPLIES_OUT, ipv6=ipv6)),
+                InboundRedirect(ipv6, variant, _lines(Place.INBOUND, ipv6=ipv6)),
+                OutboundRedirect(ipv6, variant, _lines(Place.OUTBOUND, ipv6=ipv6)),
             ]
         return Plan(self.name, network, tuple(sorted(steps, key=lambda s: s.stage)))
 
@@ -238,34 +235,24 @@ class Iptables:
         return f"<Iptables {self.variant or 'of the pod'}>"
 
 
-def _reply_marks() -> tuple[str, ...]:
-    whole = "--nfmask 0xffffffff --ctmask 0xffffffff"
-    return (
-        f"-A {_INBOUND} -m mark --mark {_PROXY} -j CONNMARK --set-xmark {_LOOPBACK}",
-        f"-A {_OUTBOUND} -m connmark --mark {_LOOPBACK} -j CONNMARK --restore-mark {whole}",
+def _lines(*places: Place, ipv6: bool) -> tuple[str, ...]:
+    """The rules of these places in the words of iptables."""
+    return tuple(
+        f"-A {_PLACES[place]} {_words(rule)}"
+        for place in places
+        for rule in netfilter.rules(place, ipv6=ipv6)
     )
 
 
-def _inbound(*, ipv6: bool) -> tuple[str, ...]:
-    localhost, probe = _addresses(ipv6=ipv6)
-    new = f"! -d {localhost} -p tcp --syn ! --dport {HBONE_PORT} -m mark ! --mark {_PROXY}"
-    return (
-        f"-A {_INBOUND} -s {probe} -p tcp -j ACCEPT",
-        f"-A {_INBOUND} {new} -j REDIRECT --to-ports {INBOUND_PORT}",
-    )
+def _words(rule: Rule) -> str:
+    port = (str(rule.port),) if rule.action is Action.REDIRECT else ()
+    return " ".join([*map(_condition, rule.matches), "-j", _TARGETS[rule.action], *port])
 
 
-def _outbound(*, ipv6: bool) -> tuple[str, ...]:
-    localhost, probe = _addresses(ipv6=ipv6)
-    new = f"! -d {localhost} -p tcp --syn -m mark ! --mark {_PROXY}"
-    return (
-        f"-A {_OUTBOUND} -d {probe} -p tcp -j ACCEPT",
-        f"-A {_OUTBOUND} -p tcp -m mark --mark {_LOOPBACK} -j ACCEPT",
-        f"-A {_OUTBOUND} ! -d {localhost} -o lo -j ACCEPT",
-        f"-A {_OUTBOUND} {new} -j REDIRECT --to-ports {OUTBOUND_PORT}",
-    )
-
-
-def _addresses(*, ipv6: bool) -> tuple[str, str]:
-    """Localhost, and where the node's health probes come from."""
-    return ("::1/128", PROBE_ADDRESS_V6) if ipv6 else ("127.0.0.1/32", PROBE_ADDRESS_V4)
+def _condition(match: Match) -> str:
+    if match.field is Field.TCP_OPENING:
+        return "--syn"
+    masked = match.field in _MODULES
+    value = f"{match.value:#x}/{MARK_MASK:#x}" if masked else match.value
+    negation = "! " * match.negated
+    return f"{_MODULES.get(match.field, '')}{negation}{_OPTIONS[match.field]} {value}"

@@ -1,4 +1,4 @@
-"""What nf_tables holds in a pod, by nfnetlink: the tool `nft` may not be installed."""
+"""What nf_tables holds in a pod, read and deleted by nfnetlink: `nft` may not be installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
-from pyroute2.netlink import NLM_F_REQUEST
+from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFT_MSG_DELCHAIN,
+    NFT_MSG_DELRULE,
     NFT_MSG_DELTABLE,
+    NFT_MSG_GETRULE,
     nft_chain_msg,
+    nft_rule_msg,
     nft_table_msg,
 )
 from pyroute2.nftables.main import NFTables
@@ -24,7 +28,9 @@ from pyambient.netns import Netns
 NFPROTO_UNSPEC: Final = 0
 NFPROTO_IPV4: Final = 2
 NFPROTO_IPV6: Final = 10
+DORMANT: Final = 1  # NFT_TABLE_F_DORMANT: its chains are off
 _NLM_F_NONREC: Final = 0x100
+_BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN and _END
 # What a kernel without nf_tables answers, or without nfnetlink altogether.
 _ABSENT: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT})
 
@@ -55,10 +61,13 @@ def _nfnetlink(netns: Netns, family: int) -> Iterator[Any]:
         raise
 
 
-def tables(netns: Netns, family: int) -> list[str]:
-    """The names of the family's tables."""
+def tables(netns: Netns, family: int) -> dict[str, int]:
+    """The family's tables: {name: flags}."""
     with _nfnetlink(netns, family) as kernel:
-        return [message.get_attr("NFTA_TABLE_NAME") for message in kernel.get_tables()]
+        return {
+            message.get_attr("NFTA_TABLE_NAME"): message.get_attr("NFTA_TABLE_FLAGS")
+            for message in kernel.get_tables()
+        }
 
 
 def chains(netns: Netns, family: int) -> list[Chain]:
@@ -70,24 +79,84 @@ def chains(netns: Netns, family: int) -> list[Chain]:
         ]
 
 
+def comments(netns: Netns, family: int, table: str) -> dict[str, list[str]]:
+    """The comment of each rule ("" where it has none), in order: {chain: [comment, ...]}."""
+    asked = nft_rule_msg()
+    asked["attrs"] = [("NFTA_RULE_TABLE", table)]
+    found: dict[str, list[str]] = {}
+    with _nfnetlink(netns, family) as kernel:
+        for message in kernel.request_get(asked, NFT_MSG_GETRULE):
+            comment = message.get_attr("NFTA_RULE_USERDATA")
+            rules = found.setdefault(message.get_attr("NFTA_RULE_CHAIN"), [])
+            rules.append(comment or "")
+    return found
+
+
 def delete_if_empty(
     netns: Netns, family: int, table: str, chains: Iterable[str], *, with_table: bool
 ) -> None:
     """Delete these chains, and the table, if nothing is in them; else all of them stay.
 
-    The kernel judges that (NLM_F_NONREC). It is one transaction, because each one that deletes
-    makes the kernel wait a grace period, around 16 ms.
+    The kernel judges that (NLM_F_NONREC).
     """
-    with _nfnetlink(netns, family) as kernel:
-        kernel.begin()
-        for name in chains:
-            where = [("NFTA_CHAIN_TABLE", table), ("NFTA_CHAIN_NAME", name)]
-            _put(kernel, NFT_MSG_DELCHAIN, nft_chain_msg(), where)
-        if with_table:
-            _put(kernel, NFT_MSG_DELTABLE, nft_table_msg(), [("NFTA_TABLE_NAME", table)])
-        kernel.commit()
+    messages = [_chain_deletion(Chain(family, table, name)) for name in chains]
+    if with_table:
+        messages.append(_table_deletion(family, table, _NLM_F_NONREC))
+    _transact(netns, messages, noraise=True)
 
 
-def _put(kernel: Any, kind: int, message: Any, attributes: list[tuple[str, str]]) -> None:
+def flush(netns: Netns, these: Iterable[Chain]) -> None:
+    """Delete all rules of these chains, as far as they are there."""
+    present = set(chains(netns, NFPROTO_UNSPEC))
+    _transact(netns, [_rules_deletion(chain) for chain in these if chain in present])
+
+
+def delete_tables(netns: Netns, families: Iterable[int], table: str) -> None:
+    """Delete the table of each family and all that is in it, as far as it is there."""
+    present = [family for family in families if table in tables(netns, family)]
+    _transact(netns, [_table_deletion(family, table) for family in present])
+
+
+def _chain_deletion(chain: Chain) -> Any:
+    where = [("NFTA_CHAIN_TABLE", chain.table), ("NFTA_CHAIN_NAME", chain.name)]
+    return _message(nft_chain_msg(), NFT_MSG_DELCHAIN, chain.family, where, _NLM_F_NONREC)
+
+
+def _rules_deletion(chain: Chain) -> Any:
+    where = [("NFTA_RULE_TABLE", chain.table), ("NFTA_RULE_CHAIN", chain.name)]
+    return _message(nft_rule_msg(), NFT_MSG_DELRULE, chain.family, where)
+
+
+def _table_deletion(family: int, table: str, flags: int = 0) -> Any:
+    where = [("NFTA_TABLE_NAME", table)]
+    return _message(nft_table_msg(), NFT_MSG_DELTABLE, family, where, flags)
+
+
+def _message(
+    message: Any, kind: int, family: int, attributes: list[tuple[str, str]], flags: int = 0
+) -> Any:
+    message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | kind
+    message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK | flags
+    message["nfgen_family"] = family
     message["attrs"] = attributes
-    kernel.request_put(message, kind, NLM_F_REQUEST | _NLM_F_NONREC)
+    return message
+
+
+def _transact(netns: Netns, messages: list[Any], *, noraise: bool = False) -> None:
+    """All of these or none, and an error only if wanted.
+
+    It is one transaction, because each one that deletes makes the kernel wait a grace period,
+    around 16 ms.
+    """
+    if not messages:
+        return
+    with _nfnetlink(netns, NFPROTO_UNSPEC) as kernel:
+        kernel.nlm_request_batch([_bracket(_BEGIN), *messages, _bracket(_END)], noraise=noraise)
+
+
+def _bracket(kind: int) -> Any:
+    message = nfgen_msg()
+    message["header"]["type"] = kind
+    message["header"]["flags"] = NLM_F_REQUEST
+    message["res_id"] = NFNL_SUBSYS_NFTABLES
+    return message

@@ -23,10 +23,12 @@ from pyambient.netns import Netns
 
 from .fib import foreign
 from .interface import Pod, Site
-from .iptables_tools import legacy_tables, run, tool
+from .iptables_tools import legacy_tables, tool
 from .mounts import is_on
 from .nf_tables import NFPROTO_UNSPEC, chains
+from .nft_rules import TABLE
 from .processes import Process, processes_in
+from .programs import run
 from .survey import ipv6_devices
 from .sysctl import read
 
@@ -55,7 +57,7 @@ def preflight(pod: Pod, site: Site, backend: str) -> None:
     if backend == "bpf":
         _check_cgroup(pod.netns, site)
     _check_ports(pod.netns)
-    _check_chains(pod.netns)
+    _check_chains(pod.netns, backend)
     _check_routing(pod.netns)
 
 
@@ -153,8 +155,8 @@ def _bind(netns: Netns, kind: int, port: int) -> None:
         probe.bind((host, port))
 
 
-def _check_chains(netns: Netns) -> None:
-    found = [*_foreign_chains(netns), *_foreign_legacy_chains(netns)]
+def _check_chains(netns: Netns, backend: str) -> None:
+    found = [*_foreign_chains(netns, backend), *_foreign_legacy_chains(netns)]
     if found:
         raise PyambientError(
             f"{netns.name} has rules of another mesh: {', '.join(found[:_NAMED_AT_MOST])}",
@@ -162,8 +164,11 @@ def _check_chains(netns: Netns) -> None:
         )
 
 
-def _foreign_chains(netns: Netns) -> list[str]:
-    """Istio's, whichever of its backends made them: iptables-nft, or its own nftables tables."""
+def _foreign_chains(netns: Netns, backend: str) -> list[str]:
+    """Istio's, whichever of its backends made them: iptables-nft, or its own nftables tables.
+
+    Our own tables without a record are in the way of every backend but the one that replaces them.
+    """
     try:
         present = chains(netns, NFPROTO_UNSPEC)
     except UnsupportedFeature:
@@ -171,7 +176,9 @@ def _foreign_chains(netns: Netns) -> list[str]:
     return [
         f"{chain.table} {chain.name}"
         for chain in present
-        if chain.name.startswith("ISTIO_") or chain.table.startswith("istio-ambient-")
+        if chain.name.startswith("ISTIO_")
+        or chain.table.startswith("istio-ambient-")
+        or (chain.table == TABLE and backend != "nftables")
     ]
 
 

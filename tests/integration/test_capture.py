@@ -109,7 +109,7 @@ def test_a_bound_source_is_kept(
 
 
 def test_a_device_bound_client_is_no_way_around(pair: Pair, family: str) -> None:
-    """Bound to eth0 as nobody: captured with bpf; with iptables it gets nothing out at all."""
+    """Bound to eth0 as nobody: captured with bpf; with the others it gets nothing out."""
     there = SocketAddress(pair.server.address(family), 8081)
     options = ClientOptions(device="eth0", timeout=2)
     with pair.serve(pair.server, 8081), capturing(pair.client) as capture:

@@ -159,7 +159,7 @@ def _serve_twin(twin: Twin) -> Child:
 
 @pytest.mark.parametrize(
     ("backend", "device"),
-    [("bpf", None), ("bpf", "eth1"), ("iptables", None)],
+    [("bpf", None), ("bpf", "eth1"), ("nftables", None), ("iptables", None)],
     scope="module",
 )
 def test_a_device_that_comes_later_is_captured(
@@ -185,8 +185,8 @@ def test_a_device_that_comes_later_is_captured(
     assert [str(one) for one in capture.packets if 8080 in one.ports] == []
 
 
-def test_a_kernel_without_bpf_gets_iptables(bed: Bed, tmp_path: Path, family: str) -> None:
-    """Where bpf(2) fails, `auto` is iptables, and the same traffic is tunnelled."""
+def test_a_kernel_without_bpf_gets_nftables(bed: Bed, tmp_path: Path, family: str) -> None:
+    """Where bpf(2) fails, `auto` is nftables, and the same traffic is tunnelled."""
     client, server = bed.pod("client"), bed.pod("server")
     with Mesh(bed, tmp_path, without_bpf=True) as mesh:
         for pod in (client, server):
@@ -198,4 +198,4 @@ def test_a_kernel_without_bpf_gets_iptables(bed: Bed, tmp_path: Path, family: st
             assert client.run(apps.request, there, _MARKER).data == _MARKER
         assert_all_tunnelled(capture, client, server, _MARKER)
         assert kernel_state(client)["client"]["programs"] == {}
-        assert "REDIRECT" in client.command("iptables-save", "-t", "nat")
+        assert "redirect to :15001" in client.command("nft", "list", "table", "ip", "pyambient")

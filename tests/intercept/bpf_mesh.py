@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from pyambient.intercept import runner
-from pyambient.intercept.bpf import Bpf
+from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Plan, Pod, Site, Stage, Step
 from pyambient.intercept.kernel_objects import LinkInfo, link_infos
 from pyambient.intercept.survey import survey
@@ -30,7 +30,7 @@ class BpfMesh:
         self.proxy: NullProxy | None = None
 
     def plan(self, pod: BedPod) -> Plan:
-        return Bpf(self.site, has_set_retval=True).plan(target(pod), survey(pod.netns))
+        return choose("bpf", self.site).plan(target(pod), survey(pod.netns))
 
     def prepare(self) -> None:
         for pod in self.pods:

@@ -17,6 +17,7 @@ from tests.bed.nullproxy import Interception
 
 from .bpf_mesh import PORT, BpfMesh, at, serve
 
+pytestmark = pytest.mark.usefixtures("kernel")
 _MPTCP = 262
 
 
@@ -89,6 +90,15 @@ def _mptcp_request(destination: SocketAddress) -> bytes:
         return client.recv(100)
 
 
+def _has_mptcp() -> bool:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _MPTCP).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_mptcp(), reason="this kernel is built without CONFIG_MPTCP")
 def test_outbound_of_multipath_tcp(mesh: BpfMesh, family: str) -> None:
     """A Multipath TCP socket (protocol 262) is captured like any other."""
     destination = at(_pod(mesh, "c"), family)
@@ -282,6 +292,19 @@ def test_connections_from_before_survive(bed: Bed, family: str) -> None:
         assert (out.ask("ping"), inward.ask("ping")) == ({}, {})
         assert mesh.intercepted() == []
     assert (out.ask("ping"), inward.ask("ping")) == ({}, {})
+
+
+def test_the_proxy_delivers_without_the_gate(mesh: BpfMesh, family: str) -> None:
+    """What reached the proxy before the gate was closed still reaches the app."""
+    a, c = _pod(mesh, "a"), _pod(mesh, "c")
+    echo = serve(a)
+    mesh.release_stages(a, (Stage.GATE,))
+
+    exchange = c.run(apps.request, at(a, family))
+
+    assert (exchange.data, exchange.errno) == (b"hello", None)
+    assert [(s.port, s.failure) for s in mesh.intercepted()] == [(INBOUND_PORT, 0)]
+    assert [accepted.peer.ip for accepted in _accepted(echo)] == [exchange.local.ip]
 
 
 def test_captured_connections_survive_the_end_of_capture(mesh: BpfMesh, family: str) -> None:

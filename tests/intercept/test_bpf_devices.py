@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.bed import Bed, ClientOptions, Network, apps
 
 from .bpf_mesh import BpfMesh, at, serve
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def test_a_device_that_comes_later(bed: Bed, family: str) -> None:

@@ -108,7 +108,7 @@ def test_constants_of_another_version(isolated: None, objects: Path) -> None:
 def test_maps_are_shared(isolated: None) -> None:
     """A map handed to a load is the map its programs use."""
     with load("bind") as bind, bind.maps()["pods"] as pods:
-        connect = load("connect", Constants(has_set_retval=True), {"pods": pods})
+        connect = load("connect", Constants(), {"pods": pods})
         with connect, connect.maps()["pods"] as used:
             assert used.identifier == pods.identifier
         pods.put(struct.pack("=Q", 7), struct.pack("=I", 9))

@@ -15,6 +15,7 @@ from pyambient.errors import PyambientError, UnsupportedFeature, UsageError
 from pyambient.intercept import libbpf, loader, mounts, probe
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Site
+from pyambient.intercept.loader import Constants
 from tests.bed import Bed, CgroupTree
 from tests.bed.seccomp import forbid_bpf
 from tests.bed.snapshot import pins
@@ -35,9 +36,9 @@ def site(cgroup_tree: CgroupTree, tmp_path: Path) -> Site:
     return Site(tmp_path, Path("/sys/fs/bpf/pyambient"), cgroup_tree.path)
 
 
-def test_this_kernel_has_everything(site: Site) -> None:
-    """Where the backend's own tests run each feature is found, and `auto` is `bpf`."""
-    assert [f for f in probe.probe(site.cgroup) if not f.present] == []
+def test_this_kernel_has_what_is_needed(site: Site) -> None:
+    """Where the backend's own tests run nothing needed is missing, and `auto` is `bpf`."""
+    assert [f for f in probe.probe(site.cgroup) if f.needed and not f.present] == []
     assert choose("auto", site).name == choose("bpf", site).name == "bpf"
 
 
@@ -67,46 +68,84 @@ def _without_bpf(site: Site) -> tuple[str, UnsupportedFeature]:
 
 
 def test_a_kernel_without_bpf(bed: Bed, site: Site) -> None:
-    """Where bpf(2) does not exist `auto` is `iptables`, and `bpf` is refused with exit code 3."""
+    """Where bpf(2) does not exist `auto` is `nftables`, and `bpf` is refused with exit code 3."""
     name, code, text = bed.node.run(_without_bpf, site, uid=0, gid=0)
 
-    assert (name, code) == ("iptables", 3)
-    assert text == "this kernel has no bpf(2) (Linux 4.4 and later do); use --backend iptables"
+    assert (name, code) == ("nftables", 3)
+    assert text == (
+        "this kernel has no bpf(2) (Linux 4.4 and later do); use --backend nftables or iptables"
+    )
 
 
 @pytest.mark.parametrize(
     ("refused", "auto", "error"),
     [
-        ("ingress_ifindex in sk_lookup", "iptables", "Linux 5.17 and later"),
-        ("sk_lookup", "iptables", "Linux 5.9 and later"),
+        ("sk_lookup", "nftables", "Linux 5.9 and later"),
+        ("SO_NETNS_COOKIE", "bpf", ""),
+        ("ingress_ifindex in sk_lookup", "bpf", ""),
         ("bpf_set_retval", "bpf", ""),
     ],
 )
 def test_a_missing_feature(
     site: Site, monkeypatch: pytest.MonkeyPatch, refused: str, auto: str, error: str
 ) -> None:
-    """A needed feature decides for `iptables` and is named; bpf_set_retval is not needed."""
-
-    def refuse(_: object) -> None:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    attempts = tuple(
-        dataclasses.replace(a, run=refuse) if a.name == refused else a for a in probe._ATTEMPTS
-    )
-    monkeypatch.setattr(probe, "_ATTEMPTS", attempts)
+    """A needed feature decides for `nftables` and is named; for others there is something else."""
+    _refuse(monkeypatch, refused, "run")
 
     assert choose("auto", site).name == auto
-    assert probe.has_set_retval(site.cgroup) is (refused != "bpf_set_retval")
+    (feature,) = [f for f in probe.probe(site.cgroup) if f.name == refused]
+    assert (feature.present, feature.needed, bool(feature.instead)) == (False, bool(error), True)
     if error:
         with pytest.raises(UnsupportedFeature, match=f"{refused} .{error}"):
             choose("bpf", site)
 
 
+def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, *attempts: str) -> None:
+    """Let the attempts (`run`, `alternative`) at a feature fail."""
+
+    def refuse(_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    changed = tuple(
+        dataclasses.replace(a, **dict.fromkeys(attempts, refuse)) if a.name == name else a
+        for a in probe._ATTEMPTS
+    )
+    monkeypatch.setattr(probe, "_ATTEMPTS", changed)
+
+
+@pytest.mark.parametrize("refused", ["SO_NETNS_COOKIE", "ingress_ifindex in sk_lookup"])
+def test_an_alternative_that_is_missing_as_well(
+    site: Site, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """Without a feature and what stands in for it `auto` is another; both reasons are told."""
+    _refuse(monkeypatch, refused, "run", "alternative")
+
+    assert choose("auto", site).name == "nftables"
+    lack = probe.lacking(site.cgroup)
+    assert lack is not None
+    assert (lack.name, lack.instead) == (refused, "--backend nftables or iptables")
+    assert lack.error.count("Invalid argument") == 2
+    with pytest.raises(
+        UnsupportedFeature, match=f"{refused} .*; use --backend nftables or iptables"
+    ):
+        choose("bpf", site)
+
+
+def test_the_programs_are_told_what_was_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails here is what the constants of the programs leave out."""
+    _refuse(monkeypatch, "ingress_ifindex in sk_lookup", "run")
+    assert not probe.constants(site.cgroup).has_ingress_ifindex
+
+    probe.probe.cache_clear()
+    _refuse(monkeypatch, "bpf_set_retval", "run")
+    assert probe.constants(site.cgroup) == Constants()
+
+
 def test_no_cgroup2(site: Site) -> None:
-    """A node without cgroup2 gets `iptables`."""
+    """A node without cgroup2 gets `nftables`."""
     nowhere = Site(site.run_dir, site.bpffs, None)
-    assert choose("auto", nowhere).name == "iptables"
-    with pytest.raises(UnsupportedFeature, match="no cgroup2"):
+    assert choose("auto", nowhere).name == "nftables"
+    with pytest.raises(PyambientError, match=r"not mounted.*mount -t cgroup2"):
         choose("bpf", nowhere)
 
 
@@ -133,12 +172,13 @@ def test_no_libbpf(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libbpf.ctypes, "CDLL", without)
     with pytest.raises(PyambientError, match="apt install libbpf1"):
         choose("bpf", site)
-    assert choose("auto", site).name == "iptables"
+    assert choose("auto", site).name == "nftables"
 
 
 def test_an_unknown_backend(site: Site) -> None:
     """A backend that does not exist is a usage error that lists those that do."""
-    with pytest.raises(UsageError, match="no backend 'tc'; choose one of auto, bpf, iptables"):
+    names = "auto, bpf, nftables, iptables"
+    with pytest.raises(UsageError, match=f"no backend 'tc'; choose one of {names}"):
         choose("tc", site)
 
 

@@ -14,6 +14,7 @@ from pyambient.intercept import runner
 from pyambient.intercept.bpf import Bpf
 from pyambient.intercept.bpf_node import HOOKS, MAPS, NodePrograms, node_map, pod_directory
 from pyambient.intercept.bpf_steps import NodeStep
+from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import (
     Pod,
     PodAddress,
@@ -25,6 +26,7 @@ from pyambient.intercept.interface import (
 )
 from pyambient.intercept.kernel_objects import AttachType, Link
 from pyambient.intercept.loader import Constants, load
+from pyambient.intercept.netns_cookie import netns_cookie
 from tests.bed import Bed, BedPod, CgroupTree, Channel, apps
 from tests.bed.snapshot import kernel_state
 
@@ -33,7 +35,7 @@ from .clang import foreign_program
 
 
 @pytest.fixture
-def pair(bed: Bed) -> tuple[BedPod, BedPod]:
+def pair(bed: Bed, kernel: Constants) -> tuple[BedPod, BedPod]:
     return bed.pod("a"), bed.pod("b")
 
 
@@ -77,7 +79,7 @@ def test_undo_needs_just_the_record(bed: Bed, pair: tuple[BedPod, BedPod]) -> No
         for name in ("pods", "addresses", "devices"):
             with node_map(BPFFS, name) as entries:
                 cookies = {struct.unpack_from("=Q", key)[0] for key in list(entries.keys())}
-            assert cookies == {b.netns.cookie()}
+            assert cookies == {netns_cookie(b.netns, bed.cgroup.path)}
     assert not BPFFS.exists()
 
 
@@ -108,7 +110,7 @@ def test_the_plan_is_the_same_twice(bed: Bed, pair: tuple[BedPod, BedPod]) -> No
 
 def test_an_exchanged_route_closes_its_device(bed: Bed, pair: tuple[BedPod, BedPod]) -> None:
     """With another source address a device loses its entry before it loses its route."""
-    backend, pod = Bpf(BpfMesh(bed, *pair).site, has_set_retval=True), target(pair[0])
+    backend, pod = choose("bpf", BpfMesh(bed, *pair).site), target(pair[0])
     before, after = (
         backend.plan(pod, PodNetwork((PodAddress(ip, "eth0"),), ("eth0",), has_ipv6=False)).steps
         for ip in ("10.77.0.2", "10.77.0.9")
@@ -122,7 +124,7 @@ def test_an_exchanged_route_closes_its_device(bed: Bed, pair: tuple[BedPod, BedP
 
 def _remove_gate(mesh: BpfMesh, pod: BedPod) -> None:
     with node_map(BPFFS, "pods") as pods:
-        pods.delete(struct.pack("=Q", pod.netns.cookie()))
+        pods.delete(struct.pack("=Q", netns_cookie(pod.netns, mesh.site.cgroup)))
 
 
 def _remove_addresses(mesh: BpfMesh, pod: BedPod) -> None:
@@ -278,13 +280,13 @@ def test_two_processes_that_claim_at_once(bed: Bed, node: NodePrograms) -> None:
 def test_bpf_without_a_cgroup(tmp_path: Path) -> None:
     """A node without cgroup2 cannot have this backend, and is told what to do."""
     with pytest.raises(PyambientError, match=r"cgroup2 is not mounted; .*iptables"):
-        Bpf(Site(tmp_path, tmp_path, None), has_set_retval=True)
+        Bpf(Site(tmp_path, tmp_path, None), Constants())
 
 
 def test_a_pin_directory_that_cannot_be(bed: Bed, tmp_path: Path) -> None:
     """No bpffs at the given place, and none can be mounted there: one line, no trace."""
     pod = bed.pod("a")
-    step = NodeStep(str(tmp_path / "no" / "such" / "pins"), str(bed.cgroup.path), True)
+    step = NodeStep(str(tmp_path / "no" / "such" / "pins"), str(bed.cgroup.path), True, True)
 
     with pytest.raises(PyambientError, match=r"no BPF file system.*mount -t bpf"):
         step.apply(target(pod))

@@ -11,15 +11,16 @@ import pytest
 
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.fib import delivery
-from pyambient.intercept.interface import Pod, Site
+from pyambient.intercept.interface import Pod, Site, Step
 from pyambient.intercept.iptables import Iptables
+from pyambient.intercept.nftables import Nftables
 from pyambient.intercept.preflight import preflight
-from pyambient.intercept.runner import apply_stages
+from pyambient.intercept.runner import apply_stages, undo_stages
 from pyambient.intercept.survey import survey
 from pyambient.netns import Netns
 from tests.bed import Bed, BedPod, Channel, Child, kernel_state
 
-from .iptables_mesh import target
+from .netfilter_mesh import target
 
 
 @pytest.fixture
@@ -268,3 +269,20 @@ def test_what_an_enrolment_without_a_record_left(bed: Bed, site: Site) -> None:
     other = bed.pod("b")
     apply_stages(target(other), Iptables("nft").plan(target(other), survey(other.netns)).steps)
     assert "ISTIO_" in _refused(target(other), site).what
+
+
+def test_our_own_tables_without_a_record(bed: Bed, site: Site) -> None:
+    """They are in the way of the other backends; backend `nftables` replaces and removes them."""
+    pod = bed.pod("a")
+    before = kernel_state(pod)
+    steps = [step for step in _nftables(pod) if step.kind.startswith("nftables")]
+    apply_stages(target(pod), steps)
+    for backend in ("bpf", "iptables"):
+        assert "pyambient outbound" in _refused(target(pod), site, backend).what
+    preflight(target(pod), site, "nftables")
+    undo_stages(target(pod), apply_stages(target(pod), _nftables(pod)))
+    assert kernel_state(pod) == before
+
+
+def _nftables(pod: BedPod) -> tuple[Step, ...]:
+    return Nftables().plan(target(pod), survey(pod.netns)).steps

@@ -7,14 +7,22 @@ import dataclasses
 import pytest
 
 from pyambient.errors import PyambientError
-from pyambient.intercept.interface import Plan, PodNetwork, Stage, Step, from_record, to_record
+from pyambient.intercept.interface import (
+    Interceptor,
+    Plan,
+    PodNetwork,
+    Stage,
+    Step,
+    from_record,
+    to_record,
+)
 from pyambient.intercept.iptables import InboundRedirect, Iptables, NftTables, OutboundRedirect
 from pyambient.intercept.runner import StepFailed, apply_stages, refresh, undo_stages, verify
 from pyambient.intercept.survey import survey
 from pyambient.intercept.sysctl import ReservedPorts, Sysctl
 from tests.bed import Bed, BedPod, kernel_state
 
-from .iptables_mesh import target
+from .netfilter_mesh import target
 
 # Rules that the tools and the kernel refuse, each in its own way.
 UNKNOWN_MATCH = OutboundRedirect(False, "nft", ("-A ISTIO_OUTPUT -m nosuch -j ACCEPT",))
@@ -26,15 +34,17 @@ NO_SUCH_TOOL = InboundRedirect(False, "nosuch", ())
 NOTHING = PodNetwork((), (), has_ipv6=False)
 
 
-def _steps(pod: BedPod) -> tuple[Step, ...]:
-    return Iptables("nft").plan(target(pod), survey(pod.netns)).steps
+def _steps(pod: BedPod, interceptor: Interceptor | None = None) -> tuple[Step, ...]:
+    return (interceptor or Iptables("nft")).plan(target(pod), survey(pod.netns)).steps
 
 
-def test_stages_are_applied_one_by_one_and_undone_in_any_split(bed: Bed) -> None:
+def test_stages_are_applied_one_by_one_and_undone_in_any_split(
+    bed: Bed, interceptor: Interceptor
+) -> None:
     """What a stage adds is in place after it, and the rest is not."""
     pod, other = bed.pod("a"), bed.pod("b")
     before = kernel_state(pod, other)
-    steps = _steps(pod)
+    steps = _steps(pod, interceptor)
     recorded: tuple[Step, ...] = ()
     for stage in Stage:
         recorded += apply_stages(target(pod), steps, {stage})
@@ -165,7 +175,7 @@ def test_verify_names_what_is_missing(bed: Bed) -> None:
     pod.command("ip6tables-nft", "-t", "mangle", "-F")
     pod.command("sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=15001")
 
-    lost = "! -d 127.0.0.1/32 -p tcp --syn -m mark ! --mark 0x539/0xfff"
+    lost = "! -d 127.0.0.1 -p tcp --syn -m mark ! --mark 0x539/0xfff"
     findings = verify(target(pod), recorded)
     assert [line.rpartition(": ")[2] for line in findings] == [
         "15006,15008,15053",
@@ -178,20 +188,20 @@ def test_verify_names_what_is_missing(bed: Bed) -> None:
     assert verify(target(pod), recorded) == []
 
 
-def test_a_record_undoes_as_the_steps_do(bed: Bed) -> None:
+def test_a_record_undoes_as_the_steps_do(bed: Bed, interceptor: Interceptor) -> None:
     """Steps written to disk and read by another process take everything away."""
     pod, other = bed.pod("a"), bed.pod("b")
     before = kernel_state(pod, other)
-    recorded = from_record(to_record(apply_stages(target(pod), _steps(pod))))
+    recorded = from_record(to_record(apply_stages(target(pod), _steps(pod, interceptor))))
     undo_stages(target(pod), recorded)
     assert kernel_state(pod, other) == before
 
 
-def test_a_plan_that_was_never_applied_undoes_nothing(bed: Bed) -> None:
+def test_a_plan_that_was_never_applied_undoes_nothing(bed: Bed, interceptor: Interceptor) -> None:
     """Undoing steps that a crash kept from being applied leaves the pod's own state alone."""
     pod, other = bed.pod("a"), bed.pod("b")
     pod.command("iptables-nft", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9", "-j", "ACCEPT")
     pod.command("iptables-nft", "-t", "nat", "-F", "OUTPUT")
     before = kernel_state(pod, other)
-    undo_stages(target(pod), _steps(pod))
+    undo_stages(target(pod), _steps(pod, interceptor))
     assert kernel_state(pod, other) == before

@@ -1,4 +1,4 @@
-"""What backend `iptables` captures and what it leaves alone; two enrolled pods in every test."""
+"""What the netfilter backends capture and leave alone; two enrolled pods in every test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pyambient.intercept.interface import Interceptor
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import (
     HBONE_PORT,
@@ -26,22 +27,21 @@ from tests.bed import (
     apps,
 )
 
-from .iptables_mesh import FOUNDATION, STEERING, IptablesMesh
+from .netfilter_mesh import FOUNDATION, INTERCEPTORS, STEERING, NetfilterMesh
 
 PORT = 8080
 OTHER_PORT = 9090
 
 
 @pytest.fixture
-def mesh(request: pytest.FixtureRequest, bed: Bed) -> Iterator[IptablesMesh]:
-    """Pods a and b enrolled, by default with iptables-nft; pod c of the bed is outside the mesh."""
-    variant = getattr(request, "param", "nft")
-    with IptablesMesh(bed, bed.pod("a"), bed.pod("b"), variant=variant) as made:
+def mesh(bed: Bed, interceptor: Interceptor) -> Iterator[NetfilterMesh]:
+    """Pods a and b enrolled; pod c of the bed is outside the mesh."""
+    with NetfilterMesh(bed, bed.pod("a"), bed.pod("b"), interceptor=interceptor) as made:
         bed.pod("c")
         yield made
 
 
-both_kinds = pytest.mark.parametrize("mesh", ["nft", "legacy"], indirect=True)
+legacy_too = pytest.mark.parametrize("interceptor", list(INTERCEPTORS), indirect=True)
 
 
 def _serve(pod: BedPod, port: int = PORT) -> Child:
@@ -60,8 +60,8 @@ def _at(pod: BedPod, family: str, port: int = PORT) -> SocketAddress:
     return SocketAddress(pod.address(family), port)
 
 
-@both_kinds
-def test_outbound_reaches_the_proxy(mesh: IptablesMesh, family: str) -> None:
+@legacy_too
+def test_outbound_reaches_the_proxy(mesh: NetfilterMesh, family: str) -> None:
     """An unprivileged app's connection to 15001, with the original destination at hand."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     _serve(c)
@@ -72,8 +72,8 @@ def test_outbound_reaches_the_proxy(mesh: IptablesMesh, family: str) -> None:
     assert mesh.intercepted() == [Interception("a", OUTBOUND_PORT, seen.local, _at(c, family))]
 
 
-@both_kinds
-def test_inbound_reaches_the_proxy_and_keeps_the_source(mesh: IptablesMesh, family: str) -> None:
+@legacy_too
+def test_inbound_reaches_the_proxy_and_keeps_the_source(mesh: NetfilterMesh, family: str) -> None:
     """A connection from outside goes to 15006, and the app still sees who called."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     echo = _serve(a)
@@ -86,7 +86,7 @@ def test_inbound_reaches_the_proxy_and_keeps_the_source(mesh: IptablesMesh, fami
     assert (accepted.peer.ip, accepted.local) == (c.address(family), _at(a, family))
 
 
-def test_between_two_enrolled_pods(mesh: IptablesMesh, family: str) -> None:
+def test_between_two_enrolled_pods(mesh: NetfilterMesh, family: str) -> None:
     """Both proxies are passed once, and the server sees the client's own address."""
     a, b = mesh.bed.pods["a"], mesh.bed.pods["b"]
     echo = _serve(b)
@@ -100,7 +100,7 @@ def test_between_two_enrolled_pods(mesh: IptablesMesh, family: str) -> None:
     assert accepted.peer.ip == a.address(family)
 
 
-def test_hbone_is_not_redirected(mesh: IptablesMesh, family: str) -> None:
+def test_hbone_is_not_redirected(mesh: NetfilterMesh, family: str) -> None:
     """A connection from outside to 15008 reaches the listener there as it is."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     c.run(apps.request, _at(a, family, HBONE_PORT))
@@ -109,7 +109,7 @@ def test_hbone_is_not_redirected(mesh: IptablesMesh, family: str) -> None:
     ]
 
 
-def test_a_v4_mapped_socket_is_captured(mesh: IptablesMesh) -> None:
+def test_a_v4_mapped_socket_is_captured(mesh: NetfilterMesh) -> None:
     """An IPv6 socket connecting to ::ffff:10.77.0.4 counts as IPv4."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     _serve(c)
@@ -118,8 +118,8 @@ def test_a_v4_mapped_socket_is_captured(mesh: IptablesMesh) -> None:
     assert [one.original for one in mesh.intercepted()] == [_at(c, "v4")]
 
 
-@both_kinds
-def test_the_pod_itself_is_left_alone(mesh: IptablesMesh, family: str) -> None:
+@legacy_too
+def test_the_pod_itself_is_left_alone(mesh: NetfilterMesh, family: str) -> None:
     """Connections to the own address and to localhost never meet the proxy."""
     a = mesh.bed.pods["a"]
     echo = _serve(a)
@@ -136,7 +136,7 @@ def test_the_pod_itself_is_left_alone(mesh: IptablesMesh, family: str) -> None:
     ]
 
 
-def test_a_health_probe_is_left_alone(mesh: IptablesMesh, family: str) -> None:
+def test_a_health_probe_is_left_alone(mesh: NetfilterMesh, family: str) -> None:
     """What comes from the address that nodes probe from reaches the app directly."""
     a = mesh.bed.pods["a"]
     source = PROBE_ADDRESS_V4 if family == "v4" else PROBE_ADDRESS_V6
@@ -150,7 +150,7 @@ def test_a_health_probe_is_left_alone(mesh: IptablesMesh, family: str) -> None:
     assert [one.peer.ip for one in echo.ask("accepted")] == [source]
 
 
-def test_a_closed_port_is_refused_at_once(mesh: IptablesMesh, family: str) -> None:
+def test_a_closed_port_is_refused_at_once(mesh: NetfilterMesh, family: str) -> None:
     """The reset of a closed port finds its way back to the proxy, and from there to the client."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
 
@@ -162,7 +162,7 @@ def test_a_closed_port_is_refused_at_once(mesh: IptablesMesh, family: str) -> No
     ]
 
 
-def test_udp_passes(mesh: IptablesMesh, family: str) -> None:
+def test_udp_passes(mesh: NetfilterMesh, family: str) -> None:
     """UDP in both directions goes past the proxy."""
     for client, server in (("a", "c"), ("c", "a")):
         echo = mesh.bed.pods[server].spawn(apps.udp_echo, PORT)
@@ -171,22 +171,22 @@ def test_udp_passes(mesh: IptablesMesh, family: str) -> None:
         assert (seen.data, seen.errno) == (b"hello", None)
 
 
-def test_connections_from_before_survive(bed: Bed, family: str) -> None:
+def test_connections_from_before_survive(bed: Bed, interceptor: Interceptor, family: str) -> None:
     """Enrolment and un-enrolment leave alone what was connected before, in both directions."""
     a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
     for pod in (a, c):
         _serve(pod)
     held = [_hold(a, _at(c, family), 3), _hold(c, _at(a, family), 3)]
 
-    with IptablesMesh(bed, a, b) as mesh:
+    with NetfilterMesh(bed, a, b, interceptor=interceptor) as mesh:
         assert [one.ask("ping") for one in held] == [{}, {}]
         assert mesh.intercepted() == []
     assert [one.ask("ping") for one in held] == [{}, {}]
 
 
-@both_kinds
+@legacy_too
 def test_redirected_connections_survive_the_end_of_steering(
-    mesh: IptablesMesh, family: str
+    mesh: NetfilterMesh, family: str
 ) -> None:
     """With gate and steering closed, live connections go on by the proxy and new ones do not."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
@@ -205,7 +205,7 @@ def test_redirected_connections_survive_the_end_of_steering(
     assert len(mesh.intercepted()) == 6
 
 
-def test_connections_made_while_draining_survive_the_rest(mesh: IptablesMesh, family: str) -> None:
+def test_connections_made_while_draining_survive_the_rest(mesh: NetfilterMesh, family: str) -> None:
     """A connection opened after the steering ended outlives the tables it was opened under."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     for pod in (a, c):
@@ -218,7 +218,7 @@ def test_connections_made_while_draining_survive_the_rest(mesh: IptablesMesh, fa
     assert [one.ask("ping") for one in held] == [{}, {}]
 
 
-def test_without_a_proxy_nothing_leaves(mesh: IptablesMesh, family: str) -> None:
+def test_without_a_proxy_nothing_leaves(mesh: NetfilterMesh, family: str) -> None:
     """An enrolled pod whose proxy has died is refused, never sent past the mesh in plaintext."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     echo = _serve(c)
@@ -230,21 +230,23 @@ def test_without_a_proxy_nothing_leaves(mesh: IptablesMesh, family: str) -> None
     assert echo.ask("accepted") == []
 
 
-def test_many_connections_are_held(bed: Bed, family: str) -> None:
+def test_many_connections_are_held(bed: Bed, interceptor: Interceptor, family: str) -> None:
     """A thousand connections through two proxies at once, each with its own destination data."""
     a, b = bed.pod("a"), bed.pod("b")
     _serve(b)
-    with IptablesMesh(bed, a, b) as mesh:
+    with NetfilterMesh(bed, a, b, interceptor=interceptor) as mesh:
         held = _hold(a, _at(b, family), 1000)
         assert held.ask("ping") == {}
         assert len(mesh.intercepted()) == 2000
 
 
-def test_a_device_that_comes_later_is_captured(bed: Bed, family: str) -> None:
+def test_a_device_that_comes_later_is_captured(
+    bed: Bed, interceptor: Interceptor, family: str
+) -> None:
     """The rules name no device: what goes by a second one is redirected, both ways, at once."""
     side = bed.add_network(Network("br78", "10.78.0", "fd78::", node_is_router=False))
     a, b, neighbour = bed.pod("a"), bed.pod("b"), bed.pod("n", network=side)
-    with IptablesMesh(bed, a, b) as mesh:
+    with NetfilterMesh(bed, a, b, interceptor=interceptor) as mesh:
         inside = dict(zip(("v4", "v6"), bed.add_device(a, "eth1", side), strict=True))
         _serve(neighbour)
         _serve(a)
@@ -255,7 +257,7 @@ def test_a_device_that_comes_later_is_captured(bed: Bed, family: str) -> None:
         assert passed == [(OUTBOUND_PORT, _at(neighbour, family)), (INBOUND_PORT, destination)]
 
 
-def test_a_device_bound_app_gets_nothing_out(mesh: IptablesMesh, family: str) -> None:
+def test_a_device_bound_app_gets_nothing_out(mesh: NetfilterMesh, family: str) -> None:
     """Netfilter cannot redirect such a socket to lo; it hangs, but does not bypass the mesh."""
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     echo = _serve(c)
@@ -264,10 +266,10 @@ def test_a_device_bound_app_gets_nothing_out(mesh: IptablesMesh, family: str) ->
     assert echo.ask("accepted") == []
 
 
-def test_two_pods_with_one_address(bed: Bed, family: str) -> None:
+def test_two_pods_with_one_address(bed: Bed, interceptor: Interceptor, family: str) -> None:
     """Pods of separate networks may share an address; each is captured on its own."""
     one, two = bed.twin_networks()
-    with IptablesMesh(bed, one.pod, two.pod) as mesh:
+    with NetfilterMesh(bed, one.pod, two.pod, interceptor=interceptor) as mesh:
         for twin in (one, two):
             _serve(twin.peer)
             _serve(twin.pod)

@@ -1,12 +1,13 @@
-"""Pods enrolled with the backend `iptables`, in the agent's order, and a null proxy for them."""
+"""Pods enrolled with a netfilter backend, in the agent's order, and a null proxy for them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Self
 
-from pyambient.intercept.interface import Plan, Pod, Stage, Step
+from pyambient.intercept.interface import Interceptor, Plan, Pod, Stage, Step
 from pyambient.intercept.iptables import Iptables
+from pyambient.intercept.nftables import Nftables
 from pyambient.intercept.runner import apply_stages, refresh, undo_stages
 from pyambient.intercept.survey import survey
 from tests.bed import Bed, BedPod, Interception, NullProxy
@@ -15,18 +16,26 @@ STEERING = (Stage.STEER, Stage.GATE)
 FOUNDATION = (Stage.PREPARE, Stage.APPLY)
 
 
+# The backends, and of iptables each variant.
+INTERCEPTORS: dict[str, Interceptor] = {
+    "nftables": Nftables(),
+    "iptables-nft": Iptables("nft"),
+    "iptables-legacy": Iptables("legacy"),
+}
+
+
 def target(pod: BedPod) -> Pod:
     """The pod of the bed as the backends see it."""
     return Pod(f"uid-{pod.name}", pod.netns)
 
 
-class IptablesMesh:
+class NetfilterMesh:
     """Enrolled while the block runs; what is in each pod is in `recorded`."""
 
-    def __init__(self, bed: Bed, *pods: BedPod, variant: str | None = "nft") -> None:
+    def __init__(self, bed: Bed, *pods: BedPod, interceptor: Interceptor) -> None:
         self.bed = bed
         self.pods = pods
-        self.interceptor = Iptables(variant)
+        self.interceptor = interceptor
         self.recorded: dict[str, tuple[Step, ...]] = {}
 
     def plan(self, pod: BedPod) -> Plan:

@@ -1,0 +1,141 @@
+"""What the netfilter backends have in common: their rules, in the words of neither tool.
+
+General theory of operation
+---------------------------
+Only TCP is redirected. Outbound, every new connection of an app goes to 15001; inbound, those from
+outside go to 15006, and those to 15008 are left alone. The proxy's own sockets are known by their
+mark (any container with CAP_NET_RAW can set it: only backend "bpf" does without that trust). A
+connection from the proxy to the app keeps the client's address, so the app's answers would leave
+the pod: the proxy's mark is noted on the conntrack entry, the answers get our loopback mark, and a
+rule of `fib` delivers them on lo.
+
+Two things differ from Istio. Redirects match the opening segment alone: a connection from before
+the enrolment, which conntrack takes for new at its next packet, goes on untouched. And the rules
+come in three transactions, one per stage, so that the redirects can be withdrawn while the rest
+keeps live connections working. Connections that were redirected survive that, too: netfilter
+consults nat rules for a connection's first packet only. What must stay are the base chains:
+without any in the namespace, the kernel stops translating.
+
+A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
+127.0.0.1 by that device. It does not bypass the mesh.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from pyambient.model.numbers import (
+    HBONE_PORT,
+    INBOUND_PORT,
+    LOOPBACK_MARK,
+    OUTBOUND_PORT,
+    PROBE_ADDRESS_V4,
+    PROBE_ADDRESS_V6,
+    PROXY_MARK,
+)
+
+
+class Field(enum.Enum):
+    """What a rule looks at; marks are compared under MARK_MASK."""
+
+    SOURCE = enum.auto()
+    DESTINATION = enum.auto()
+    OUTPUT_DEVICE = enum.auto()
+    PROTOCOL = enum.auto()
+    TCP_OPENING = enum.auto()
+    DESTINATION_PORT = enum.auto()
+    MARK = enum.auto()
+    CONNECTION_MARK = enum.auto()
+
+
+class Action(enum.Enum):
+    """What a rule does; REDIRECT goes to the rule's port."""
+
+    ACCEPT = enum.auto()
+    REDIRECT = enum.auto()
+    NOTE_ON_CONNECTION = enum.auto()
+    MARK_AS_CONNECTION = enum.auto()
+
+
+class Place(enum.Enum):
+    """Where rules are: those for replies see every packet, the others connections that begin."""
+
+    REPLIES_IN = "replies_in"
+    REPLIES_OUT = "replies_out"
+    INBOUND = "inbound"
+    OUTBOUND = "outbound"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One condition: the field has this value (of TCP_OPENING it is no matter), or has not."""
+
+    field: Field
+    value: str | int = ""
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule; `why` is unique in its place."""
+
+    why: str
+    matches: tuple[Match, ...]
+    action: Action
+    port: int = 0
+
+
+_TCP: Final = Match(Field.PROTOCOL, "tcp")
+_OPENING: Final = Match(Field.TCP_OPENING)
+_OF_PROXY: Final = Match(Field.MARK, PROXY_MARK)
+_NOT_OF_PROXY: Final = Match(Field.MARK, PROXY_MARK, negated=True)
+_TO_PROXY: Final = Match(Field.MARK, LOOPBACK_MARK)
+_NOTED: Final = Match(Field.CONNECTION_MARK, LOOPBACK_MARK)
+_BY_LO: Final = Match(Field.OUTPUT_DEVICE, "lo")
+
+
+def rules(place: Place, *, ipv6: bool) -> tuple[Rule, ...]:
+    """All rules of one place for one family, in their order."""
+    match place:
+        case Place.REPLIES_IN:
+            why = "the proxy speaks with an app"
+            return (Rule(why, (_OF_PROXY,), Action.NOTE_ON_CONNECTION),)
+        case Place.REPLIES_OUT:
+            return (Rule("an app answers the proxy", (_NOTED,), Action.MARK_AS_CONNECTION),)
+        case Place.INBOUND:
+            return _inbound(ipv6=ipv6)
+        case Place.OUTBOUND:
+            return _outbound(ipv6=ipv6)
+
+
+def _inbound(*, ipv6: bool) -> tuple[Rule, ...]:
+    not_hbone = Match(Field.DESTINATION_PORT, HBONE_PORT, negated=True)
+    new = (_not_to_localhost(ipv6=ipv6), _TCP, _OPENING, not_hbone, _NOT_OF_PROXY)
+    probe = Match(Field.SOURCE, _probe_address(ipv6=ipv6))
+    return (
+        Rule("a health probe of the node", (probe, _TCP), Action.ACCEPT),
+        Rule("inbound to the proxy", new, Action.REDIRECT, INBOUND_PORT),
+    )
+
+
+def _outbound(*, ipv6: bool) -> tuple[Rule, ...]:
+    beyond = _not_to_localhost(ipv6=ipv6)
+    probe = Match(Field.DESTINATION, _probe_address(ipv6=ipv6))
+    new = (beyond, _TCP, _OPENING, _NOT_OF_PROXY)
+    return (
+        Rule("an answer to a health probe", (probe, _TCP), Action.ACCEPT),
+        Rule("an answer to the proxy", (_TCP, _TO_PROXY), Action.ACCEPT),
+        Rule("the pod to itself", (beyond, _BY_LO), Action.ACCEPT),
+        Rule("outbound to the proxy", new, Action.REDIRECT, OUTBOUND_PORT),
+    )
+
+
+def _not_to_localhost(*, ipv6: bool) -> Match:
+    return Match(Field.DESTINATION, "::1" if ipv6 else "127.0.0.1", negated=True)
+
+
+def _probe_address(*, ipv6: bool) -> str:
+    """Where the node's health probes come from."""
+    return PROBE_ADDRESS_V6 if ipv6 else PROBE_ADDRESS_V4

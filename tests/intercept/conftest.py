@@ -1,0 +1,38 @@
+"""The netfilter backends and the kernels that tests hold for, each of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyambient.errors import UnsupportedFeature
+from pyambient.intercept import probe
+from pyambient.intercept.interface import Interceptor
+from pyambient.intercept.loader import Constants
+from pyambient.netns import Netns
+from tests.bed import CgroupTree
+
+from .netfilter_mesh import INTERCEPTORS
+
+
+@pytest.fixture(params=["nftables", "iptables-nft"])
+def interceptor(request: pytest.FixtureRequest) -> Interceptor:
+    """The backend under test."""
+    return INTERCEPTORS[request.param]
+
+
+@pytest.fixture(params=["this kernel", "as Linux 5.10"])
+def kernel(
+    request: pytest.FixtureRequest, cgroup_tree: CgroupTree, monkeypatch: pytest.MonkeyPatch
+) -> Constants:
+    """What BPF programs are told of the kernel: the truth, or that it has just what 5.10 has.
+
+    All that stands in for what is missing then works on every later kernel as well.
+    """
+    if request.param == "as Linux 5.10":
+        monkeypatch.setattr(probe, "constants", lambda _: Constants())
+        monkeypatch.setattr(Netns, "cookie", _no_cookie)
+    return probe.constants(cgroup_tree.path)
+
+
+def _no_cookie(netns: Netns) -> int:
+    raise UnsupportedFeature("SO_NETNS_COOKIE", "5.14")

@@ -1,0 +1,67 @@
+"""Plans of the netfilter backends, word for word: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyambient.intercept.interface import (
+    Interceptor,
+    Plan,
+    Pod,
+    PodAddress,
+    PodNetwork,
+    from_record,
+    to_record,
+)
+from pyambient.netns import Netns
+
+from .netfilter_mesh import INTERCEPTORS
+
+GOLDEN = Path(__file__).parent / "golden"
+DUAL_STACK = PodNetwork(
+    (PodAddress("10.0.1.2", "eth0"), PodAddress("fd00:1::2", "eth0")), ("eth0",), has_ipv6=True
+)
+V4_ONLY = PodNetwork((PodAddress("10.0.1.2", "eth0"),), ("eth0",), False, ("eth0",))
+TWO_DEVICES = PodNetwork(
+    (*DUAL_STACK.addresses, PodAddress("10.0.2.2", "eth1")), ("eth0", "eth1"), has_ipv6=True
+)
+
+
+def _plan(interceptor: Interceptor, network: PodNetwork) -> Plan:
+    with Netns.own() as netns:
+        return interceptor.plan(Pod("any", netns), network)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "network"),
+    [
+        ("iptables-dual-stack", "iptables-nft", DUAL_STACK),
+        ("iptables-v4-only", "iptables-nft", V4_ONLY),
+        ("iptables-legacy-v4-only", "iptables-legacy", V4_ONLY),
+        ("nftables-dual-stack", "nftables", DUAL_STACK),
+        ("nftables-v4-only", "nftables", V4_ONLY),
+    ],
+)
+def test_a_plan_reads_as_its_golden_file(name: str, backend: str, network: PodNetwork) -> None:
+    """Every rule, in its order and stage."""
+    assert _plan(INTERCEPTORS[backend], network).render() == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_devices_do_not_matter(interceptor: Interceptor) -> None:
+    """Netfilter's rules name no device, so one more changes nothing."""
+    assert _plan(interceptor, TWO_DEVICES).steps == _plan(interceptor, DUAL_STACK).steps
+
+
+def test_steps_are_in_the_order_of_their_stages(interceptor: Interceptor) -> None:
+    """A plan is in the order of application, as `--dry-run` shows it."""
+    stages = [step.stage for step in _plan(interceptor, DUAL_STACK).steps]
+    assert stages == sorted(stages)
+
+
+def test_a_plan_survives_the_record(interceptor: Interceptor) -> None:
+    """Written to disk and read back, a plan's steps are equal."""
+    steps = _plan(interceptor, DUAL_STACK).steps
+    assert from_record(json.loads(json.dumps(to_record(steps)))) == steps
