@@ -66,6 +66,8 @@ async def _until_handled(enrolled: Enrolled, changed: Callable[[], Awaitable[Non
             return await changed()
         except (PyambientError, OSError) as error:
             _log.error("cannot follow a change", pod=str(enrolled.record.pod), error=str(error))
+        except Exception as error:  # noqa: BLE001 - that the pod goes must still be noticed
+            _log.error("internal error", pod=str(enrolled.record.pod), exc_info=error)
         await trio.sleep(delay)
         delay = min(delay * 2, _LAST_RETRY)
 

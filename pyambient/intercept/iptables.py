@@ -23,11 +23,12 @@ from .netfilter import Action, Field, Match, Place, Rule
 from .programs import run
 from .sysctl import ReservedPorts
 
-_INBOUND, _OUTBOUND = "ISTIO_PRERT", "ISTIO_OUTPUT"
-_HOOKS = {_INBOUND: "PREROUTING", _OUTBOUND: "OUTPUT"}
+_INBOUND, _OUTBOUND, _LEAVING = "ISTIO_PRERT", "ISTIO_OUTPUT", "ISTIO_POSTRT"
+_HOOKS = {_INBOUND: "PREROUTING", _OUTBOUND: "OUTPUT", _LEAVING: "POSTROUTING"}
 _PLACES = {
     Place.REPLIES_IN: _INBOUND,
     Place.REPLIES_OUT: _OUTBOUND,
+    Place.LEAVING: _LEAVING,
     Place.INBOUND: _INBOUND,
     Place.OUTBOUND: _OUTBOUND,
 }
@@ -43,6 +44,7 @@ _OPTIONS = {
 _MODULES = {Field.MARK: "-m mark ", Field.CONNECTION_MARK: "-m connmark "}
 _TARGETS = {
     Action.ACCEPT: "ACCEPT",
+    Action.DROP: "DROP",
     Action.REDIRECT: "REDIRECT --to-ports",
     Action.NOTE_ON_CONNECTION: f"CONNMARK --set-xmark {LOOPBACK_MARK:#x}/{MARK_MASK:#x}",
     Action.MARK_AS_CONNECTION: "CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
@@ -130,13 +132,15 @@ def _jumps_to(line: str, chains: tuple[str, ...]) -> bool:
 
 @step
 @dataclass(frozen=True, slots=True)
-class ReplyMarks(_Chains):
-    """What brings the answers of an app back to the proxy that speaks with the client's address."""
+class Foundation(_Chains):
+    """What live connections need: an app's answers come back to the proxy that speaks with the
+    client's address, and nothing that was redirected leaves by a device.
+    """
 
-    kind: ClassVar[str] = "iptables-reply-marks"
+    kind: ClassVar[str] = "iptables-foundation"
     stage: ClassVar[Stage] = Stage.APPLY
     table: ClassVar[str] = "mangle"
-    chains: ClassVar[tuple[str, ...]] = (_INBOUND, _OUTBOUND)
+    chains: ClassVar[tuple[str, ...]] = (_INBOUND, _OUTBOUND, _LEAVING)
 
 
 @step
@@ -225,7 +229,7 @@ class Iptables:
             if variant == "nft":
                 steps.append(NftTables(ipv6))
             steps += [
-                ReplyMarks(ipv6, variant, _lines(Place.REPLIES_IN, Place.REPLIES_OUT, ipv6=ipv6)),
+                Foundation(ipv6, variant, _lines(*netfilter.FOUNDATION, ipv6=ipv6)),
                 InboundRedirect(ipv6, variant, _lines(Place.INBOUND, ipv6=ipv6)),
                 OutboundRedirect(ipv6, variant, _lines(Place.OUTBOUND, ipv6=ipv6)),
             ]

@@ -17,13 +17,14 @@ consults nat rules for a connection's first packet only. What must stay are the 
 without any in the namespace, the kernel stops translating.
 
 A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
-127.0.0.1 by that device. It does not bypass the mesh.
+127.0.0.1 by that device. One that is bound once it is connected would send there what was meant
+for the proxy, in plain text; what is for localhost is dropped where it would leave by a device.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pyambient.model.numbers import (
@@ -54,18 +55,24 @@ class Action(enum.Enum):
     """What a rule does; REDIRECT goes to the rule's port."""
 
     ACCEPT = enum.auto()
+    DROP = enum.auto()
     REDIRECT = enum.auto()
     NOTE_ON_CONNECTION = enum.auto()
     MARK_AS_CONNECTION = enum.auto()
 
 
 class Place(enum.Enum):
-    """Where rules are: those for replies see every packet, the others connections that begin."""
+    """Where rules are: the redirects see connections that begin, the others every packet."""
 
     REPLIES_IN = "replies_in"
     REPLIES_OUT = "replies_out"
+    LEAVING = "leaving"
     INBOUND = "inbound"
     OUTBOUND = "outbound"
+
+
+# What live connections need, and what therefore stays until they are gone.
+FOUNDATION: Final = (Place.REPLIES_IN, Place.REPLIES_OUT, Place.LEAVING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,7 @@ _NOT_OF_PROXY: Final = Match(Field.MARK, PROXY_MARK, negated=True)
 _TO_PROXY: Final = Match(Field.MARK, LOOPBACK_MARK)
 _NOTED: Final = Match(Field.CONNECTION_MARK, LOOPBACK_MARK)
 _BY_LO: Final = Match(Field.OUTPUT_DEVICE, "lo")
+_BY_A_DEVICE: Final = Match(Field.OUTPUT_DEVICE, "lo", negated=True)
 
 
 def rules(place: Place, *, ipv6: bool) -> tuple[Rule, ...]:
@@ -104,6 +112,9 @@ def rules(place: Place, *, ipv6: bool) -> tuple[Rule, ...]:
             return (Rule(why, (_OF_PROXY,), Action.NOTE_ON_CONNECTION),)
         case Place.REPLIES_OUT:
             return (Rule("an app answers the proxy", (_NOTED,), Action.MARK_AS_CONNECTION),)
+        case Place.LEAVING:
+            redirected = (_to_localhost(ipv6=ipv6), _BY_A_DEVICE, _TCP)
+            return (Rule("a captured connection by a device", redirected, Action.DROP),)
         case Place.INBOUND:
             return _inbound(ipv6=ipv6)
         case Place.OUTBOUND:
@@ -132,8 +143,12 @@ def _outbound(*, ipv6: bool) -> tuple[Rule, ...]:
     )
 
 
+def _to_localhost(*, ipv6: bool) -> Match:
+    return Match(Field.DESTINATION, "::1" if ipv6 else "127.0.0.1")
+
+
 def _not_to_localhost(*, ipv6: bool) -> Match:
-    return Match(Field.DESTINATION, "::1" if ipv6 else "127.0.0.1", negated=True)
+    return replace(_to_localhost(ipv6=ipv6), negated=True)
 
 
 def _probe_address(*, ipv6: bool) -> str:

@@ -70,6 +70,8 @@ def _statement(rule: Rule) -> dict[str, Any]:
     match rule.action:
         case Action.ACCEPT:
             return {"accept": None}
+        case Action.DROP:
+            return {"drop": None}
         case Action.REDIRECT:
             return {"redirect": {"port": rule.port}}
         case Action.NOTE_ON_CONNECTION:

@@ -5,9 +5,9 @@ General theory of operation
 A pod has one table of each of its families, `ip pyambient` and `ip6 pyambient`, and nobody else's
 rules are in them: un-enrolment deletes the tables. (One table of family inet would take as long to
 load and delete, and needs a kernel with both families.) They come and go in three transactions,
-each for both families: the tables with all base chains and the rules for replies; then the rules
-in `inbound`; then those in `outbound`. Withdrawing the latter two empties the chains and leaves
-them, so that the kernel goes on translating for live connections.
+each for both families: the tables with all base chains and the rules that live connections need;
+then the rules in `inbound`; then those in `outbound`. Withdrawing the latter two empties the chains
+and leaves them, so that the kernel goes on translating for live connections.
 
 Chains of one hook and priority run in the order they came in, and for a connection the first that
 translates decides. Ours have a priority before the usual one: an app's own nat rules do not lead
@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Final, Self
 from . import nf_tables
 from .fib import delivery
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
-from .netfilter import Place
+from .netfilter import FOUNDATION, Place
 from .nf_tables import NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC, Chain
 from .nft_rules import TABLE, encode, text
 from .programs import installed, not_installed, run
@@ -39,6 +39,7 @@ _FAMILIES: Final = {"ip": NFPROTO_IPV4, "ip6": NFPROTO_IPV6}
 _CHAINS: Final = {
     Place.REPLIES_IN: {"type": "filter", "hook": "prerouting", "prio": -150},
     Place.REPLIES_OUT: {"type": "route", "hook": "output", "prio": -150},
+    Place.LEAVING: {"type": "filter", "hook": "postrouting", "prio": -150},
     Place.INBOUND: {"type": "nat", "hook": "prerouting", "prio": -101},
     Place.OUTBOUND: {"type": "nat", "hook": "output", "prio": -101},
 }
@@ -111,7 +112,7 @@ def _chain(family: str, name: str) -> Chain:
 @step
 @dataclass(frozen=True, slots=True)
 class Tables(_Rules):
-    """Our tables with all their chains, and what brings an app's answers back to the proxy."""
+    """Our tables with all their chains, and the rules that live connections need."""
 
     kind: ClassVar[str] = "nftables-tables"
     stage: ClassVar[Stage] = Stage.APPLY
@@ -168,7 +169,7 @@ class Nftables:
         steps: tuple[Step, ...] = (
             ReservedPorts(),
             *delivery(network, connects=False),
-            Tables(_encode(families, Place.REPLIES_IN, Place.REPLIES_OUT)),
+            Tables(_encode(families, *FOUNDATION)),
             Inbound(_encode(families, Place.INBOUND)),
             Outbound(_encode(families, Place.OUTBOUND)),
         )

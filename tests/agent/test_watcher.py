@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
+from pyambient.agent.enrolled import Enrolled
+from pyambient.agent.records import NetnsRef, Record, State
+from pyambient.agent.watcher import watch_network
 from pyambient.errors import PyambientError
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
 from tests.bed import Network, changes, kernel_state
 
 from .rig import Rig
@@ -89,3 +95,33 @@ def test_a_freed_pod_is_not_followed_any_more(rig: Rig) -> None:
     assert "lookup 100" not in pod.command("ip", "rule")
     with pytest.raises(PyambientError, match="one is not enrolled"):
         rig.ask("verify", netns=pod.path)
+
+
+@pytest.mark.parametrize("failure", [PyambientError("no"), OSError(2, "gone"), KeyError("a bug")])
+def test_a_change_that_cannot_be_followed_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Whatever it fails with, the watch goes on."""
+    monkeypatch.setattr("pyambient.agent.watcher._FIRST_RETRY", 0.01)
+    outcomes: list[Exception | None] = [failure, failure, None]
+
+    async def main() -> None:
+        followed = trio.Event()
+
+        async def changed() -> None:
+            if (outcome := outcomes.pop(0)) is not None:
+                raise outcome
+            followed.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_network, enrolled, changed)
+            with trio.fail_after(20):
+                await followed.wait()
+            nursery.cancel_scope.cancel()
+
+    with Netns.empty() as netns:
+        pod = PodRef("u1", "one", "default", "one")
+        ref = NetnsRef.of(netns, "/run/netns/one")
+        enrolled = Enrolled(Record(pod, ref, "bpf", State.ENROLLED, ()), netns)
+        trio.run(main)
+    assert outcomes == []

@@ -99,6 +99,18 @@ def test_a_device_bound_later_is_no_way_around(pair: Pair, destination: SocketAd
     _assert_captured(pair, destination, _bound_to_a_device_once_connected)
 
 
+@pytest.mark.parametrize("backend", ["nftables", "iptables"], scope="module")
+def test_a_device_bound_later_sends_nothing(pair: Pair, destination: SocketAddress) -> None:
+    """With netfilter its bytes are for 127.0.0.1 by now: dropped where they would leave by eth0."""
+    with (
+        pair.serve(pair.server, destination.port),
+        capturing(pair.client) as capture,
+        pytest.raises(TimeoutError),
+    ):
+        pair.client.run(_attempt, _bound_to_a_device_once_connected, destination)
+    assert [str(packet) for packet in capture.packets if _MARKER in packet.payload] == []
+
+
 @pytest.mark.parametrize("mark", [PROXY_MARK, 0])
 @pytest.mark.parametrize("backend", ["bpf"], scope="module")
 def test_a_mark_set_later_sends_nothing(pair: Pair, destination: SocketAddress, mark: int) -> None:
