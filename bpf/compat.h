@@ -48,6 +48,8 @@ enum { maps_before = __COUNTER__ };
 	DEFINE_TABLE(name, "hash", key_type, value_type, entries, BPF_F_NO_PREALLOC)
 #define DEFINE_SOCKHASH(name, key_type, entries) \
 	DEFINE_TABLE(name, "sockhash", key_type, __u64, entries, 0)
+#define DEFINE_PERCPU_ARRAY(name, value_type, entries) \
+	DEFINE_TABLE(name, "percpu_array", int, value_type, entries, 0)
 #define DEFINE_SK_STORAGE(name, value_type) \
 	DEFINE_TABLE(name, "sk_storage", int, value_type, 0, BPF_F_NO_PREALLOC | BPF_F_CLONE)
 
@@ -82,6 +84,14 @@ enum { maps_before = __COUNTER__ };
 		__type(value, __u64);				\
 	} name SEC(".maps")
 
+#define DEFINE_PERCPU_ARRAY(name, value_type, entries)		\
+	struct {						\
+		__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);	\
+		__uint(max_entries, entries);			\
+		__type(key, __u32);				\
+		__type(value, value_type);			\
+	} name SEC(".maps")
+
 #define DEFINE_SK_STORAGE(name, value_type)				\
 	struct {							\
 		__uint(type, BPF_MAP_TYPE_SK_STORAGE);			\
@@ -99,6 +109,9 @@ enum { maps_before = __COUNTER__ };
 #endif
 
 #define map_lookup(name, key) bpf_map_lookup_elem(MAP(name), (void *)(key))
+#define map_update(name, key, value) \
+	bpf_map_update_elem(MAP(name), (void *)(key), (void *)(value), BPF_ANY)
+#define map_delete(name, key) bpf_map_delete_elem(MAP(name), (void *)(key))
 #define storage_get(name, sk, flags) bpf_sk_storage_get(MAP(name), (void *)(sk), 0, flags)
 
 /* Filled in before the load: pyambient/intercept/loader.py knows this layout. */

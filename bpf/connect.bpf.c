@@ -20,9 +20,6 @@
 #define ENETUNREACH	101
 #define ECONNREFUSED	111
 
-#define MARK_MASK	0xfff
-#define LOOPBACK_MARK	0x111
-
 DEFINE_LISTENERS;
 DEFINE_PODS;
 DEFINE_ADDRESSES;
@@ -91,7 +88,7 @@ static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 /* It stays inside the pod. A socket may connect twice: nothing of the first time must stay. */
 static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
 {
-	__u8 *captured = storage_get(captured_sockets, sk, 0);
+	__u8 *captured = storage_get(captured_socks, sk, 0);
 	__u32 mark = load(&sk->mark);
 
 	if (captured)
@@ -112,32 +109,29 @@ static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct b
 		return refuse(ENETUNREACH);
 	if (!has_listener(netns))
 		return refuse(ECONNREFUSED);
-	captured = storage_get(captured_sockets, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	captured = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!captured)
 		return DENY;
 	*captured = 1;	/* for the guard: the mark is the app's to change */
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
+/* The gate is for apps alone: while a pod drains the proxy still delivers to them. */
 static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
-	int own;
+	int is_enrolled = map_lookup(pods, &to->netns) != NULL;
+	int is_own = map_lookup(addresses, to) != NULL;
 
 	if (!sk)
-		return DENY;
-	own = map_lookup(addresses, to) != NULL;
+		return is_enrolled ? DENY : ALLOW;
 	if (storage_get(proxy_sockets, sk, 0))
-		return own ? to_app(ctx, sk) : ALLOW;
-	if (own || is_loopback(to->ip))
+		return is_own ? to_app(ctx, sk) : ALLOW;
+	if (!is_enrolled)
+		return ALLOW;
+	if (is_own || is_loopback(to->ip))
 		return from_app_to_pod(ctx, sk);
 	return from_app_outwards(ctx, sk, to);
-}
-
-/* Multipath TCP comes here as well: its first subflow is a TCP socket. */
-static __always_inline int is_captured(struct bpf_sock_addr *ctx, __u64 netns)
-{
-	return ctx->protocol == IPPROTO_TCP && map_lookup(pods, &netns);
 }
 
 /*
@@ -145,16 +139,17 @@ static __always_inline int is_captured(struct bpf_sock_addr *ctx, __u64 netns)
  * Returns ALLOW outside enrolled pods, for other protocols, for the proxy, and
  * for an app once its socket has the right mark. DENY where the pod has no live
  * outbound listener (ECONNREFUSED), or the device of a bound socket no route for
- * captures (ENETUNREACH); before 5.18 both are EPERM.
+ * captures (ENETUNREACH); before 5.18 both are EPERM. Multipath TCP comes here
+ * as well: its first subflow is a TCP socket.
  */
 SEC("cgroup/connect4")
 int pyamb_connect4(struct bpf_sock_addr *ctx)
 {
 	struct address to = { .netns = bpf_get_netns_cookie(ctx) };
 
-	if (!is_captured(ctx, to.netns))
+	if (ctx->protocol != IPPROTO_TCP)
 		return ALLOW;
-	set_ipv4(&to, ctx->user_ip4);
+	set_ipv4(to.ip, ctx->user_ip4);
 	return judge(ctx, &to);
 }
 
@@ -168,12 +163,9 @@ int pyamb_connect6(struct bpf_sock_addr *ctx)
 {
 	struct address to = { .netns = bpf_get_netns_cookie(ctx) };
 
-	if (!is_captured(ctx, to.netns))
+	if (ctx->protocol != IPPROTO_TCP)
 		return ALLOW;
-	to.ip[0] = ctx->user_ip6[0];
-	to.ip[1] = ctx->user_ip6[1];
-	to.ip[2] = ctx->user_ip6[2];
-	to.ip[3] = ctx->user_ip6[3];
+	set_ipv6(to.ip, ctx->user_ip6);
 	return judge(ctx, &to);
 }
 

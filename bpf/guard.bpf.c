@@ -30,7 +30,7 @@ int pyamb_guard(struct __sk_buff *skb)
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
 		return TC_ACT_UNSPEC;
-	captured = storage_get(captured_sockets, sk, 0);
+	captured = storage_get(captured_socks, sk, 0);
 	return captured && *captured ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 

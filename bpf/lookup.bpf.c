@@ -7,14 +7,18 @@
  *
  * The answer is by addresses alone, except that "proxy to app" is what arrives
  * on lo. ingress_ifindex is no good for more: for a connection to an own
- * address the kernel reports the device that owns the address.
+ * address the kernel reports the device that owns the address. Before Linux
+ * 5.17, where it cannot be read, a program on lo leaves a note (note.bpf.c).
  */
 #include "maps.h"
 
 #define LOOPBACK_IFINDEX 1
+#define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
 
 DEFINE_LISTENERS;
 DEFINE_ADDRESSES;
+DEFINE_UPSTREAMS;
+DEFINE_NOTES;
 DEFINE_CONSTANTS;
 
 static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
@@ -30,23 +34,74 @@ static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
 	return error ? SK_DROP : SK_PASS;
 }
 
-static __always_inline int comes_from_proxy(struct bpf_sk_lookup *ctx)
+/* Both are free of padding: words of 8 bytes say it all. */
+static __always_inline int is_same(const struct connection *one, const struct connection *other)
 {
-	return constant(has_ingress_ifindex) && ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+	const __u64 *a = (const void *)one, *b = (const void *)other;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < (int)(sizeof(*one) / sizeof(*a)); i++)
+		if (a[i] != b[i])
+			return 0;
+	return 1;
 }
 
-/* To an address of this pod; `from_pod`: from one of its own, or from loopback. */
-static __always_inline int inbound(struct bpf_sk_lookup *ctx, int from_pod)
+/* Whether the program on lo has just seen this very SYN; it is told once. */
+static __always_inline int is_noted(const struct connection *syn)
 {
-	if (from_pod || comes_from_proxy(ctx))
-		return SK_PASS;
+	__u32 only = 0;
+	struct note *note = map_lookup(notes, &only);
+
+	if (!note || !is_same(&note->syn, syn))
+		return 0;
+	if (bpf_ktime_get_ns() - note->time > NOTE_LIFETIME)
+		return 0;
+	note->time = 0;
+	return 1;
+}
+
+static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx)
+{
 	return steer_to(ctx, ctx->local_port == HBONE_PORT ? HBONE_PORT : INBOUND_PORT);
 }
 
 /*
+ * Before 5.17. What is the proxy's must have come by lo, and what was marked on
+ * lo must be the proxy's. Where one holds without the other somebody forges, or
+ * the program on lo is gone: captured, the proxy's SYN would come back to the
+ * proxy, again and again.
+ */
+static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u32 *local,
+					   const __u32 *remote)
+{
+	struct connection syn = { .netns = constant(netns) };
+	int is_upstream, by_lo;
+
+	set_ipv6(syn.from, remote);
+	set_ipv6(syn.to, local);
+	syn.from_port = bpf_ntohs(ctx->remote_port);
+	syn.to_port = ctx->local_port;
+	is_upstream = map_lookup(upstreams, &syn) != NULL;
+	by_lo = is_noted(&syn);
+	if (is_upstream != by_lo)
+		return SK_DROP;
+	return by_lo ? SK_PASS : inbound_from_outside(ctx);
+}
+
+/* To an address of this pod, and neither from one of its own nor from loopback. */
+static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct address *local,
+				   const struct address *remote)
+{
+	if (!constant(has_ingress_ifindex))
+		return inbound_by_note(ctx, local->ip, remote->ip);
+	return ctx->ingress_ifindex == LOOPBACK_IFINDEX ? SK_PASS : inbound_from_outside(ctx);
+}
+
+/*
  * To an address that is not this pod's: the rule for marked packets brought it
- * here. Neither end known means an address that is not recorded yet; the SYN is
- * sent again and meets a later look.
+ * here. Neither end known means an address that is not recorded yet, so that
+ * nobody can say which way it goes: refused, as by a closed port.
  */
 static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct address *local,
 				    int from_pod)
@@ -56,18 +111,9 @@ static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct addr
 	return from_pod ? steer_to(ctx, OUTBOUND_PORT) : SK_DROP;
 }
 
-/* Volatile loads: else clang 14 merges the two families' and moves ctx itself. */
-static __always_inline void read_ipv6(struct address *address, const volatile __u32 *ip)
-{
-	address->ip[0] = ip[0];
-	address->ip[1] = ip[1];
-	address->ip[2] = ip[2];
-	address->ip[3] = ip[3];
-}
-
 /*
- * Hook: sk_lookup on the pod's network namespace. Linux 5.9 (5.17 to be of use:
- * without ingress_ifindex the proxy's connections to the app are captured too).
+ * Hook: sk_lookup on the pod's network namespace. Linux 5.9 (before 5.17
+ * with the help of note.bpf.c).
  * Returns SK_PASS with a listener assigned for what is captured, SK_PASS alone
  * for what stays as it is (other protocols, loopback, the pod to itself, proxy
  * to app), SK_DROP where the listener is missing: fail closed.
@@ -82,17 +128,19 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
 	if (ctx->family == AF_INET) {
-		set_ipv4(&local, ctx->local_ip4);
-		set_ipv4(&remote, ctx->remote_ip4);
+		set_ipv4(local.ip, ctx->local_ip4);
+		set_ipv4(remote.ip, ctx->remote_ip4);
 	} else {
-		read_ipv6(&local, ctx->local_ip6);
-		read_ipv6(&remote, ctx->remote_ip6);
+		set_ipv6(local.ip, ctx->local_ip6);
+		set_ipv6(remote.ip, ctx->remote_ip6);
 	}
 	to_pod = map_lookup(addresses, &local) != NULL;
 	from_pod = map_lookup(addresses, &remote) != NULL;
-	if (to_pod)
-		return inbound(ctx, from_pod || is_loopback(remote.ip));
-	return outbound(ctx, &local, from_pod);
+	if (!to_pod)
+		return outbound(ctx, &local, from_pod);
+	if (from_pod || is_loopback(remote.ip))
+		return SK_PASS;
+	return inbound(ctx, &local, &remote);
 }
 
 DEFINE_LICENSE;

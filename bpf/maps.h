@@ -17,6 +17,9 @@
 #define HBONE_PORT	15008
 #define DNS_PORT	15053
 
+#define MARK_MASK	0xfff
+#define LOOPBACK_MARK	0x111
+
 /* What a cgroup hook returns: the call goes on, or fails with an errno. */
 #define ALLOW		1
 #define DENY		0
@@ -44,6 +47,21 @@ struct pod {
 	__u32 inode;	/* of the namespace: for people who read the map */
 };
 
+/* Both ends of a TCP connection, from the one that opens it; ports in host order. */
+struct connection {
+	__u64 netns;
+	__u32 from[4];
+	__u32 to[4];
+	__u32 from_port;
+	__u32 to_port;
+};
+
+/* The last SYN that came in by lo, and when (bpf_ktime_get_ns()). */
+struct note {
+	struct connection syn;
+	__u64 time;
+};
+
 /* The gate: connect and bind hooks leave every namespace alone that is not in here. */
 #define DEFINE_PODS DEFINE_HASH(pods, __u64, struct pod, 4096)
 
@@ -56,11 +74,17 @@ struct pod {
 /* The proxy's listening sockets; an entry goes away with its socket. */
 #define DEFINE_LISTENERS DEFINE_SOCKHASH(listeners, struct listener, 16384)
 
-/* On every socket that the proxy's cgroup made, and on those accepted from them. */
-#define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u8)
+/* On every socket that the proxy's cgroup made, and on those accepted from them: its netns. */
+#define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u64)
+
+/* The proxy's connections to apps, from before their SYN to the answer. Kept before 5.17 only. */
+#define DEFINE_UPSTREAMS DEFINE_HASH(upstreams, struct connection, __u8, 65536)
+
+/* Shared by the two programs of one pod. */
+#define DEFINE_NOTES DEFINE_PERCPU_ARRAY(notes, struct note, 1)
 
 /* On an app's socket since its connect(): 1 if its connection was given to the proxy. */
-#define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_sockets, __u8)
+#define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_socks, __u8)
 
 #define AF_INET		2
 #define AF_INET6	10
@@ -85,12 +109,21 @@ static __always_inline int is_loopback(const __u32 *ip)
 	       (ip[3] == 0 || ip[3] == bpf_htonl(1));
 }
 
-static __always_inline void set_ipv4(struct address *address, __u32 ip)
+static __always_inline void set_ipv4(__u32 *ip, __u32 ipv4)
 {
-	address->ip[0] = 0;
-	address->ip[1] = 0;
-	address->ip[2] = bpf_htonl(0xffff);
-	address->ip[3] = ip;
+	ip[0] = 0;
+	ip[1] = 0;
+	ip[2] = bpf_htonl(0xffff);
+	ip[3] = ipv4;
+}
+
+/* Volatile loads: else clang 14 merges those of two families and moves ctx itself. */
+static __always_inline void set_ipv6(__u32 *ip, const volatile __u32 *ipv6)
+{
+	ip[0] = ipv6[0];
+	ip[1] = ipv6[1];
+	ip[2] = ipv6[2];
+	ip[3] = ipv6[3];
 }
 
 #endif

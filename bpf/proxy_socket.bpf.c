@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * cgroup/sock_create and sockops on the proxy's own cgroup: who the proxy is,
- * and where its listeners are. Both work without the proxy's help, so an
- * unmodified ztunnel is served as well.
+ * where its listeners are, and which connections to apps are its own. All of it
+ * works without the proxy's help, so an unmodified ztunnel is served as well.
+ *
+ * The netns cookie goes into the socket's storage where the socket is made:
+ * sockops programs can read that, but not the cookie itself before Linux 5.15.
  */
 #include "maps.h"
 
 DEFINE_LISTENERS;
+DEFINE_ADDRESSES;
 DEFINE_PROXY_SOCKETS;
+DEFINE_UPSTREAMS;
+DEFINE_CONSTANTS;
 
 /*
  * Hook: cgroup/sock_create on the proxy's cgroup. Linux 5.9.
@@ -17,26 +23,83 @@ DEFINE_PROXY_SOCKETS;
 SEC("cgroup/sock_create")
 int pyamb_sock(struct bpf_sock *sk)
 {
-	if (!storage_get(proxy_sockets, sk, BPF_SK_STORAGE_GET_F_CREATE))
+	__u64 *netns = storage_get(proxy_sockets, sk, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!netns)
 		return DENY;
+	*netns = bpf_get_netns_cookie(sk);
 	return ALLOW;
 }
 
+/* In place of an older one: the proxy that came last gets the connections. */
+static __always_inline void listening(struct bpf_sock_ops *ctx, __u64 netns)
+{
+	struct listener key = { .netns = netns, .port = ctx->local_port };
+
+	if (is_our_port(key.port))
+		bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);
+}
+
+static __always_inline void read_ends(struct connection *key, struct bpf_sock_ops *ctx)
+{
+	key->from_port = ctx->local_port;
+	key->to_port = bpf_ntohl(ctx->remote_port);
+	if (ctx->family == AF_INET) {
+		set_ipv4(key->from, ctx->local_ip4);
+		set_ipv4(key->to, ctx->remote_ip4);
+	} else {
+		set_ipv6(key->from, ctx->local_ip6);
+		set_ipv6(key->to, ctx->remote_ip6);
+	}
+}
+
+/* Noted before the SYN leaves; where that fails the SYN is dropped, not captured. */
+static __always_inline void connecting(struct bpf_sock_ops *ctx, __u64 netns)
+{
+	struct connection key = { .netns = netns };
+	struct address to = { .netns = netns };
+	__u8 yes = 1;
+
+	read_ends(&key, ctx);
+	set_ipv6(to.ip, key.to);
+	if (!map_lookup(addresses, &to))
+		return;
+	map_update(upstreams, &key, &yes);
+	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* Answered, refused or given up: from here on these ends may be anybody's again. */
+static __always_inline void left_syn_sent(struct bpf_sock_ops *ctx, __u64 netns)
+{
+	struct connection key = { .netns = netns };
+
+	read_ends(&key, ctx);
+	map_delete(upstreams, &key);
+	bpf_sock_ops_cb_flags_set(ctx, 0);
+}
+
 /*
- * Hook: sockops on the proxy's cgroup. Linux 5.15 (bpf_get_netns_cookie here).
- * Returns ALLOW always; a socket that starts to listen on one of our ports is
- * recorded, in place of an older one. Where that fails the pod has no listener
- * and the other programs fail closed.
+ * Hook: sockops on the proxy's cgroup. Linux 5.9.
+ * Returns ALLOW always. Keeps `listeners` (our ports) and, where sk_lookup has
+ * no ingress_ifindex, `upstreams`. What cannot be kept is missing there, and
+ * the other programs fail closed.
  */
 SEC("sockops")
 int pyamb_sockops(struct bpf_sock_ops *ctx)
 {
-	struct listener key = { .port = ctx->local_port };
+	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
+	__u64 *netns = sk ? storage_get(proxy_sockets, sk, 0) : NULL;
 
-	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || !is_our_port(key.port))
+	if (!netns)
 		return ALLOW;
-	key.netns = bpf_get_netns_cookie(ctx);
-	bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);
+	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		listening(ctx, *netns);
+	if (constant(has_ingress_ifindex))
+		return ALLOW;
+	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		connecting(ctx, *netns);
+	if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[0] == BPF_TCP_SYN_SENT)
+		left_syn_sent(ctx, *netns);
 	return ALLOW;
 }
 

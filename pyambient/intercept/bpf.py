@@ -10,7 +10,8 @@ Inbound: sk_lookup hands what comes from outside to 15008 or 15006. The proxy's 
 app has the client's address as its source, so the app's answers must not leave by the device: the
 hook marks and binds that socket to lo, and tcp_fwmark_accept lets the app's accepted socket
 inherit the mark. fwmark_reflect does the same for answers without a socket (the RST of a closed
-port); without it such a connect would hang.
+port); without it such a connect would hang. sk_lookup must let that connection pass: it is what
+came in by lo. Where the kernel does not tell it so (before 5.17), a filter on lo does.
 
 What the hook judged is also noted on the socket, where the app cannot change it: a guard on each
 device drops packets of captured sockets, so that an app that changes its mark later sends nothing.
@@ -25,10 +26,12 @@ from typing import ClassVar
 
 from pyambient.errors import PyambientError
 
-from .bpf_steps import CapturedDevice, Gate, NodeStep, OwnAddress, SkLookup
+from .bpf_steps import CapturedDevice, Gate, LoopbackNote, NodeStep, OwnAddress, SkLookup
 from .egress_guard import EgressGuard
 from .fib import Route, delivery
 from .interface import Plan, Pod, PodNetwork, Site, Step
+from .loader import Constants
+from .netns_cookie import netns_cookie
 from .sysctl import ReservedPorts, Sysctl
 
 _FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
@@ -36,28 +39,29 @@ _FOR_ANSWERS_IPV6 = ("net.ipv6.fwmark_reflect",)
 
 
 class Bpf:
-    """Plans captures by BPF programs; `has_set_retval` tells that hooks can choose their errno."""
+    """Plans captures by BPF programs; `constants` tells them what this kernel can do."""
 
     name: ClassVar[str] = "bpf"
 
-    def __init__(self, site: Site, *, has_set_retval: bool) -> None:
+    def __init__(self, site: Site, constants: Constants) -> None:
         if site.cgroup is None:
             raise PyambientError(
                 "cgroup2 is not mounted",
                 "run 'mount -t cgroup2 none DIR' and give --cgroup DIR, or use --backend iptables",
             )
         self._bpffs = str(site.bpffs)
-        self._cgroup = str(site.cgroup)
-        self._has_set_retval = has_set_retval
+        self._cgroup = site.cgroup
+        self._constants = constants
 
     def plan(self, pod: Pod, network: PodNetwork) -> Plan:
-        cookie = pod.netns.cookie()
+        cookie = netns_cookie(pod.netns, self._cgroup)
+        by_ifindex = self._constants.has_ingress_ifindex
         own = dict.fromkeys(address.ip for address in network.addresses + network.tentative)
         routing = delivery(network, connects=True)
         routes = [step for step in routing if isinstance(step, Route)]
         sysctls = _FOR_ANSWERS + (_FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
         steps: tuple[Step, ...] = (
-            NodeStep(self._bpffs, self._cgroup, self._has_set_retval),
+            NodeStep(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
             ReservedPorts(),
             *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
             *routing,
@@ -67,7 +71,8 @@ class Bpf:
             ),
             *(EgressGuard(self._bpffs, device) for device in network.devices),
             *(Sysctl(name, "1") for name in sysctls),
-            SkLookup(self._bpffs, cookie),
+            *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
+            SkLookup(self._bpffs, cookie, by_ifindex),
             Gate(self._bpffs, cookie),
         )
         return Plan(self.name, network, steps)

@@ -37,7 +37,10 @@ from .loader import BpfObject, Constants, load
 from .mounts import ensure_bpffs
 
 _LOCK_SECONDS: Final = 10.0
-MAPS: Final = ("pods", "addresses", "devices", "listeners", "proxy_sockets", "captured_sockets")
+MAPS: Final = (
+    *("pods", "addresses", "devices", "listeners"),
+    *("proxy_sockets", "captured_socks", "upstreams"),
+)
 PROGRAM_PREFIX: Final = "pyamb_"
 
 
@@ -202,6 +205,9 @@ class NodePrograms:
         return pods.is_dir() and any(pods.iterdir())
 
     def _remove_pins(self) -> None:
+        for directory in (self._building, self.directory):
+            for hook in HOOKS:
+                detach_pinned(directory / hook.pin)
         for directory in (self._building, self.directory, self.bpffs / "pods", self.bpffs):
             _remove(directory)
 
@@ -219,6 +225,17 @@ class NodePrograms:
 def pod_directory(bpffs: Path, uid: str) -> Path:
     """Where a pod's pins are; bpffs reserves names with a dot (ENOENT or EPERM)."""
     return bpffs / "pods" / urllib.parse.quote(uid, safe="").replace(".", "%2E")
+
+
+def detach_pinned(pin: Path) -> None:
+    """Let a pinned link's program run no more; that nothing is pinned there is no error.
+
+    Now: a link that just loses its last pin is freed some time later.
+    """
+    link = Link.open_pinned(pin)
+    if link is not None:
+        with link:
+            link.detach()
 
 
 def node_map(bpffs: Path, name: str) -> Map | None:

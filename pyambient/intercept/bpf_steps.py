@@ -19,20 +19,29 @@ from typing import ClassVar, Self
 from pyambient.errors import PyambientError
 from pyambient.model.address import packed_ip
 
-from .bpf_node import HOOKS, NodePrograms, existing_map, node_map, pod_directory
+from . import lo_filter
+from .bpf_node import (
+    HOOKS,
+    NodePrograms,
+    detach_pinned,
+    existing_map,
+    node_map,
+    pod_directory,
+)
 from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
 
-_PIN = "sk_lookup"
+_LOOKUP_MAPS = ("addresses", "listeners", "upstreams")
+_LINK_PIN = "sk_lookup"
+_NOTES_PIN = "notes"
 
 
-@contextlib.contextmanager
-def _lookup_maps(bpffs: Path) -> Iterator[dict[str, Map]]:
-    """The maps of the node that a pod's own program uses."""
-    with contextlib.ExitStack() as stack:
-        opened = [existing_map(bpffs, name) for name in ("addresses", "listeners")]
-        yield {m.name: stack.enter_context(m) for m in opened}
+def _existing_notes(bpffs: Path, uid: str) -> Map:
+    found = Map.open_pinned(pod_directory(bpffs, uid) / _NOTES_PIN)
+    if found is None:
+        raise PyambientError("the notes of the filter on lo are gone", "enrol the pod again")
+    return found
 
 
 @step
@@ -45,6 +54,7 @@ class NodeStep:
 
     bpffs: str
     cgroup: str
+    has_ingress_ifindex: bool
     has_set_retval: bool
 
     def describe(self) -> str:
@@ -56,7 +66,8 @@ class NodeStep:
         )
 
     def apply(self, pod: Pod) -> Self:
-        self._node.claim(pod.uid, Constants(has_set_retval=self.has_set_retval))
+        constants = Constants(0, self.has_ingress_ifindex, self.has_set_retval)
+        self._node.claim(pod.uid, constants)
         return self
 
     def undo(self, pod: Pod) -> None:
@@ -191,6 +202,72 @@ class Gate(_MapEntry):
 
 @step
 @dataclass(frozen=True, slots=True)
+class LoopbackNote:
+    """The filter on lo that tells sk_lookup what came in there, before Linux 5.17.
+
+    Without it sk_lookup drops what the proxy sends to the app. `qdisc_added` tells that the place
+    for filters is ours as well.
+    """
+
+    kind: ClassVar[str] = "tc-note"
+    stage: ClassVar[Stage] = Stage.STEER
+
+    bpffs: str
+    cookie: int
+    qdisc_added: bool | None = field(default=None, compare=False)
+
+    def describe(self) -> str:
+        return f"tc filter add dev lo ingress bpf direct-action, notes in {self.bpffs}/pods"
+
+    def observed(self, pod: Pod) -> Self:
+        if self.qdisc_added is not None:
+            return self
+        return dataclasses.replace(self, qdisc_added=not lo_filter.has_qdisc(pod.netns))
+
+    def apply(self, pod: Pod) -> Self:
+        observed = self.observed(pod)
+        if self.missing(pod) is not None:
+            try:
+                self._attach(pod)
+            except BaseException:
+                observed.undo(pod)
+                raise
+        return observed
+
+    def _attach(self, pod: Pod) -> None:
+        """Notes that are there already stay: the pod's sk_lookup reads those."""
+        with contextlib.ExitStack() as stack:
+            notes = Map.open_pinned(self._pin(pod))
+            shared = {} if notes is None else {"notes": stack.enter_context(notes)}
+            loaded = stack.enter_context(load("note", Constants(netns=self.cookie), shared))
+            if notes is None:
+                stack.enter_context(loaded.maps()["notes"]).pin(self._pin(pod))
+            lo_filter.attach(pod.netns, loaded.program_fd("pyamb_note"))
+
+    def undo(self, pod: Pod) -> None:
+        lo_filter.detach(pod.netns)
+        if self.qdisc_added:
+            lo_filter.remove_qdisc(pod.netns)
+        self._pin(pod).unlink(missing_ok=True)
+
+    def missing(self, pod: Pod) -> str | None:
+        identifier = lo_filter.attached(pod.netns)
+        program = program_info(identifier) if identifier else None
+        if program is None:
+            return "the filter on lo is gone"
+        notes = Map.open_pinned(self._pin(pod))
+        if notes is None:
+            return "the notes of the filter on lo are gone"
+        with notes:
+            shared = notes.identifier in program.maps
+        return None if shared else "another filter is on lo"
+
+    def _pin(self, pod: Pod) -> Path:
+        return pod_directory(Path(self.bpffs), pod.uid) / _NOTES_PIN
+
+
+@step
+@dataclass(frozen=True, slots=True)
 class SkLookup:
     """The pod's own instance of the program that hands new connections to the proxy."""
 
@@ -199,6 +276,7 @@ class SkLookup:
 
     bpffs: str
     cookie: int
+    has_ingress_ifindex: bool
 
     def describe(self) -> str:
         return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
@@ -208,14 +286,18 @@ class SkLookup:
         if self.missing(pod) is None:
             return self
         pin.unlink(missing_ok=True)
-        constants = Constants(netns=self.cookie, has_ingress_ifindex=True)
-        with _lookup_maps(Path(self.bpffs)) as shared, load("lookup", constants, shared) as loaded:
+        constants = Constants(self.cookie, self.has_ingress_ifindex)
+        with (
+            self._existing_maps(pod) as shared,
+            load("lookup", constants, shared) as loaded,
+        ):
             program = loaded.program_fd("pyamb_sk_lookup")
             with Link.create(program, pod.netns.fd, AttachType.SK_LOOKUP) as link:
                 link.pin(pin)
         return self
 
     def undo(self, pod: Pod) -> None:
+        detach_pinned(self._pin(pod))
         self._pin(pod).unlink(missing_ok=True)
 
     def missing(self, pod: Pod) -> str | None:
@@ -226,12 +308,22 @@ class SkLookup:
             info = link.info()
         if info.target != pod.netns.inode:
             return "the sk_lookup link has lost its namespace"
-        return None if self._shares_maps(info.program) else "sk_lookup uses maps that are gone"
+        return None if self._shares_maps(pod, info.program) else "sk_lookup uses maps that are gone"
 
-    def _shares_maps(self, program: int) -> bool:
+    @contextlib.contextmanager
+    def _existing_maps(self, pod: Pod) -> Iterator[dict[str, Map]]:
+        """The node's, and what the filter on lo writes where that is needed."""
+        bpffs = Path(self.bpffs)
+        with contextlib.ExitStack() as stack:
+            opened = [existing_map(bpffs, name) for name in _LOOKUP_MAPS]
+            if not self.has_ingress_ifindex:
+                opened.append(_existing_notes(bpffs, pod.uid))
+            yield {m.name: stack.enter_context(m) for m in opened}
+
+    def _shares_maps(self, pod: Pod, program: int) -> bool:
         known = program_info(program)
         try:
-            with _lookup_maps(Path(self.bpffs)) as shared:
+            with self._existing_maps(pod) as shared:
                 return known is not None and {m.identifier for m in shared.values()} <= {
                     *known.maps
                 }
@@ -239,4 +331,4 @@ class SkLookup:
             return False
 
     def _pin(self, pod: Pod) -> Path:
-        return pod_directory(Path(self.bpffs), pod.uid) / _PIN
+        return pod_directory(Path(self.bpffs), pod.uid) / _LINK_PIN

@@ -23,7 +23,7 @@ from .loader import Constants, load
 from .rtnetlink import request, routing
 
 _PROGRAM: Final = "pyamb_guard"
-_MAP: Final = "captured_sockets"
+_MAP: Final = "captured_socks"
 _EGRESS: Final = 0xFFFFFFF3
 _CLSACT: Final = 0xFFFF0000
 _PRIORITY: Final = 1

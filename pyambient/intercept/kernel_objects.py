@@ -163,6 +163,10 @@ class Link(KernelObject):
         fd = libbpf.call("bpf_link_create", program, target, attach_type, None)
         return cls(fd, attach_type.name.lower())
 
+    def detach(self) -> None:
+        """Let the program run no more, whoever still holds the link (Linux 5.9)."""
+        libbpf.call("bpf_link_detach", self.fd)
+
     def info(self) -> LinkInfo:
         raw = _info(self.fd)
         kind, identifier, program = struct.unpack_from("=III", raw)

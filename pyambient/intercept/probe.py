@@ -8,24 +8,25 @@ lives in either, so nothing that runs on the node notices.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pyambient.errors import PyambientError, UnsupportedFeature
-from pyambient.netns import CLONE_NEWNET, Netns
+from pyambient.netns import Netns
 
-from . import libbpf
+from . import libbpf, lo_filter
 from .bpf_node import HOOKS
 from .kernel_objects import AttachType, Link
-from .loader import BpfObject, Constants, load
+from .loader import BpfObject, Constants, ProgramRefused, load
+from .netns_cookie import ask_by_connect
+from .scratch_cgroup import scratch_cgroup
 
 _BPF_MAP_TYPE_HASH: Final = 1
-_libc = ctypes.CDLL(None, use_errno=True)
+_ANOTHER_BACKEND: Final = "--backend nftables or iptables"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +58,32 @@ class _Attempt:
     minimum_kernel: str
     run: Callable[[Path | None], None]
     needed: bool = True
-    instead: str = "--backend iptables"
+    instead: str = _ANOTHER_BACKEND
+    alternative: Callable[[Path | None], None] | None = None
 
     def feature(self, cgroup: Path | None) -> Feature:
-        try:
-            self.run(cgroup)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        except PyambientError as error:
-            reason = str(error)
-        else:
-            reason = ""
-        return Feature(
-            self.name, self.minimum_kernel, self.needed, self.instead, not reason, reason
-        )
+        """Try it, and where it fails the alternative, if there is one."""
+        reason = _failure(self.run, cgroup)
+        needed, instead = self.needed, self.instead
+        if reason and self.alternative is not None:
+            failure = _failure(self.alternative, cgroup)
+            needed = bool(failure)
+            if failure:
+                reason, instead = f"{reason}; {instead}: {failure}", _ANOTHER_BACKEND
+        return Feature(self.name, self.minimum_kernel, needed, instead, not reason, reason)
+
+
+def _failure(run: Callable[[Path | None], None], cgroup: Path | None) -> str:
+    """Why it does not work; empty if it does."""
+    try:
+        run(cgroup)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ProgramRefused as error:
+        return error.what
+    except PyambientError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
@@ -84,37 +97,16 @@ def lacking(cgroup: Path | None) -> Feature | None:
     return next((f for f in probe(cgroup) if f.needed and not f.present), None)
 
 
-def has_set_retval(cgroup: Path | None) -> bool:
-    """Whether a refused connect can say ECONNREFUSED."""
-    return any(f.present for f in probe(cgroup) if f.name == _SET_RETVAL)
-
-
-@contextlib.contextmanager
-def _scratch_cgroup(parent: Path | None) -> Iterator[Path]:
-    if parent is None:
-        raise PyambientError("cgroup2 is not mounted", "run 'mount -t cgroup2 none DIR'")
-    scratch = parent / f"pyambient-probe-{os.getpid()}"
-    scratch.mkdir(exist_ok=True)
-    try:
-        yield scratch
-    finally:
-        scratch.rmdir()
-
-
-@contextlib.contextmanager
-def _scratch_netns() -> Iterator[Netns]:
-    # Entering the own namespace is what brings this thread back from the one it makes.
-    with Netns.own() as own, own.entered():
-        if _libc.unshare(CLONE_NEWNET):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), "unshare")
-        scratch = Netns.own()
-    with scratch:
-        yield scratch
+def constants(cgroup: Path | None) -> Constants:
+    """What the programs are told of this kernel."""
+    present = {feature.name for feature in probe(cgroup) if feature.present}
+    return Constants(
+        has_ingress_ifindex=_INGRESS_IFINDEX in present, has_set_retval=_SET_RETVAL in present
+    )
 
 
 def _installation(_: Path | None) -> None:
-    for name in ("lookup", *(hook.source for hook in HOOKS)):
+    for name in ("lookup", "note", "guard", "cookie", *(hook.source for hook in HOOKS)):
         BpfObject(name).close()
 
 
@@ -123,7 +115,7 @@ def _system_call(_: Path | None) -> None:
 
 
 def _cgroup2(cgroup: Path | None) -> None:
-    with _scratch_cgroup(cgroup):
+    with scratch_cgroup(cgroup):
         pass
 
 
@@ -132,16 +124,19 @@ def _cookie(_: Path | None) -> None:
         own.cookie()
 
 
+def _magic_connect(cgroup: Path | None) -> None:
+    with Netns.own() as own:
+        ask_by_connect(own, cgroup)
+
+
 def _hooks(cgroup: Path | None, sources: frozenset[str]) -> None:
-    with _scratch_cgroup(cgroup) as scratch, contextlib.ExitStack() as stack:
-        target = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, target)
+    with scratch_cgroup(cgroup) as scratch, contextlib.ExitStack() as stack:
         for source in sources:
             loaded = stack.enter_context(load(source))
             for hook in HOOKS:
                 if hook.source == source:
                     program = loaded.program_fd(hook.program)
-                    Link.create(program, target, hook.attach_type).close()
+                    scratch.link(program, hook.attach_type).close()
 
 
 def _app_hooks(cgroup: Path | None) -> None:
@@ -153,7 +148,7 @@ def _proxy_hooks(cgroup: Path | None) -> None:
 
 
 def _sk_lookup(_: Path | None) -> None:
-    with _scratch_netns() as scratch, load("lookup") as loaded:
+    with Netns.empty() as scratch, load("lookup") as loaded:
         program = loaded.program_fd("pyamb_sk_lookup")
         Link.create(program, scratch.fd, AttachType.SK_LOOKUP).close()
 
@@ -162,19 +157,37 @@ def _ingress_ifindex(_: Path | None) -> None:
     load("lookup", Constants(has_ingress_ifindex=True)).close()
 
 
+def _note_on_lo(_: Path | None) -> None:
+    with Netns.empty() as scratch, load("note") as loaded:
+        lo_filter.attach(scratch, loaded.program_fd("pyamb_note"))
+
+
 def _set_retval(_: Path | None) -> None:
     load("connect", Constants(has_set_retval=True)).close()
 
 
+_INGRESS_IFINDEX: Final = "ingress_ifindex in sk_lookup"
 _SET_RETVAL: Final = "bpf_set_retval"
 _ATTEMPTS: Final = (
     _Attempt("libbpf and compiled programs", "", _installation),
     _Attempt("bpf(2)", "4.4", _system_call),
-    _Attempt("cgroup2", "4.5", _cgroup2),
+    _Attempt("cgroup2", "", _cgroup2),
     _Attempt("cgroup links for connect and bind", "5.9", _app_hooks),
+    _Attempt("socket storage in sock_create and sockops", "5.9", _proxy_hooks),
     _Attempt("sk_lookup", "5.9", _sk_lookup),
-    _Attempt("SO_NETNS_COOKIE", "5.14", _cookie),
-    _Attempt("socket storage and netns cookie in sockops", "5.15", _proxy_hooks),
-    _Attempt("ingress_ifindex in sk_lookup", "5.17", _ingress_ifindex),
+    _Attempt(
+        "SO_NETNS_COOKIE",
+        "5.14",
+        _cookie,
+        instead="a connect that a BPF program answers",
+        alternative=_magic_connect,
+    ),
+    _Attempt(
+        _INGRESS_IFINDEX,
+        "5.17",
+        _ingress_ifindex,
+        instead="a tc filter on the pod's lo",
+        alternative=_note_on_lo,
+    ),
     _Attempt(_SET_RETVAL, "5.18", _set_retval, needed=False, instead="EPERM for ECONNREFUSED"),
 )

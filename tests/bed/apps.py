@@ -201,10 +201,7 @@ def request(
     try:
         with chosen.socket(destination) as connection:
             connection.connect(chosen.sockaddr(destination))
-            names = (
-                from_sockaddr(connection.getsockname()),
-                from_sockaddr(connection.getpeername()),
-            )
+            names = (from_sockaddr(connection.getsockname()), _peer(connection))
             stage = "send"
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -216,6 +213,14 @@ def request(
         failure = _number(error)
     elapsed = time.monotonic() - started
     return Exchange(bytes(received), names[0], names[1], failure, stage, elapsed)
+
+
+def _peer(connection: socket.socket) -> SocketAddress | None:
+    """None where the peer has reset the connection already: sending will tell."""
+    try:
+        return from_sockaddr(connection.getpeername())
+    except OSError:
+        return None
 
 
 def _number(error: OSError) -> int:
