@@ -42,10 +42,12 @@ test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf
+# 1: the part of the tests that CI has the time for.
+QUICK ?=
 
 .PHONY: test-kernels
 test-kernels: bpf ## interception and demo on other kernels (KERNELS="5.10 6.1 6.12 nobpf")
-	vagrant/test-kernels $(KERNELS)
+	vagrant/test-kernels $(if $(QUICK),--quick) $(KERNELS)
 
 .PHONY: setup
 setup: packages $(VENV)/installed bpf ## system packages, virtual environment, BPF objects

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +43,11 @@ def subtree(name: str) -> Iterator[Path]:
 
 
 def _remove(top: Path) -> None:
-    """Kill all processes below `top` (Linux 5.14) and remove it, leaves first."""
-    with contextlib.suppress(FileNotFoundError):
-        (top / "cgroup.kill").write_text("1")
+    """Kill all processes below `top` and remove it, leaves first."""
     deadline = time.monotonic() + _PATIENCE
     folders = sorted((Path(path) for path, _, _ in os.walk(top)), reverse=True)
     while folders:
+        _kill(folders[0])
         try:
             folders[0].rmdir()
             folders.pop(0)
@@ -57,3 +57,10 @@ def _remove(top: Path) -> None:
                     f"{folders[0]} cannot be removed", "see its cgroup.procs"
                 ) from None
             time.sleep(0.02)
+
+
+def _kill(folder: Path) -> None:
+    """One by one: cgroup.kill came with Linux 5.14."""
+    for pid in (folder / "cgroup.procs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)

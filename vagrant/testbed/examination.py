@@ -1,0 +1,167 @@
+"""What is examined on each kernel: by the host to know it, by the guest to do it.
+
+The guest runs `python -m vagrant.testbed.examination` on the checkout. Each step leaves its output
+in $RESULTS, and `steps.json` is written anew after each, so that an examination cut short still
+says what it found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+BACKENDS = ("bpf", "nftables", "iptables")
+FALLBACK = "fallback"
+# An emulated CPU is 10 to 20 times slower than the one the tests' own limits were chosen for.
+_PATIENCE = "8"
+_STEP_SECONDS = 3600
+_TESTS = (
+    "tests/intercept",
+    "tests/integration/test_capture.py",
+    "tests/integration/test_lifecycle.py",
+)
+# The compiler stays on the host, and so do the tests that compile programs for themselves.
+_NO_COMPILER = ("--ignore=tests/intercept/test_bpf_loader.py",)
+
+_SELECTION = {
+    "bpf": "bpf and not foreign",
+    "nftables": "nftables and not bpf",
+    "iptables": "not bpf and not nftables",
+}
+# An emulated second is dear: what both families and every kind of traffic do in one enrolment,
+# without a thousand connections and one test per port.
+_QUICK_TESTS = ("tests/integration/test_capture.py",)
+_QUICK = "not thousand and not nobody_takes"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the examination; `what` is check, tests or demo."""
+
+    backend: str
+    what: str
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}-{self.backend}" if self.backend else self.what
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended. Counts are those of its tests, 0 where it has none."""
+
+    backend: str
+    what: str
+    code: int
+    seconds: float
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+def steps(backends: Sequence[str], *, has_bpf: bool, quick: bool = False) -> Iterator[Step]:
+    """What to do on a kernel where `check` says that these backends work.
+
+    `fallback` is `--backend auto` without bpf(2): denied by seccomp, where the kernel has it.
+    """
+    python = (sys.executable, "-m")
+    for backend in backends:
+        yield Step(backend, "tests", (*python, *_pytest(backend, quick=quick)))
+        yield Step(backend, "demo", (*python, "examples.demo", "--backend", backend))
+    deny = ("--without-bpf",) if has_bpf else ()
+    yield Step(FALLBACK, "demo", (*python, "examples.demo", "--backend", "auto", *deny))
+
+
+def _pytest(backend: str, *, quick: bool) -> list[str]:
+    """Tests carry the backend they are for in their name; what is for none goes with iptables."""
+    which = f"{_SELECTION[backend]} and {_QUICK}" if quick else _SELECTION[backend]
+    tests = _QUICK_TESTS if quick else _TESTS
+    limits = ["-o", "timeout=900", "-o", "faulthandler_timeout=800"]
+    report = f"--junitxml={_results() / f'tests-{backend}.xml'}"
+    return ["pytest", "-q", *limits, report, *_NO_COMPILER, "-k", which, *tests]
+
+
+def _results() -> Path:
+    return Path(os.environ.get("RESULTS", "/results"))
+
+
+def _run(step: Step) -> Outcome:
+    log = _results() / f"{step.name}.log"
+    environment = {**os.environ, "PYAMBIENT_TEST_PATIENCE": _PATIENCE}
+    began = time.monotonic()
+    with log.open("wb") as output:
+        try:
+            code = subprocess.run(
+                step.command,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                check=False,
+                timeout=_STEP_SECONDS,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    seconds = round(time.monotonic() - began, 1)
+    counts = _counts(_results() / f"{step.name}.xml")
+    return Outcome(step.backend, step.what, code, seconds, **counts)
+
+
+def _counts(report: Path) -> dict[str, int]:
+    if not report.exists():
+        return {}
+    suite = next(ET.parse(report).iter("testsuite")).attrib  # noqa: S314 - pytest wrote it
+    failed = int(suite["failures"]) + int(suite["errors"])
+    skipped = int(suite["skipped"])
+    passed = int(suite["tests"]) - failed - skipped
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def main(*, quick: bool) -> int:
+    """Examine this kernel; 0 if every step went well."""
+    check = subprocess.run(
+        [sys.executable, "-m", "pyambient", "check", "--output=json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (_results() / "check.json").write_text(check.stdout or "{}")
+    (_results() / "release").write_text(os.uname().release)
+    sys.stdout.write(check.stderr)
+    works = json.loads(check.stdout or "{}").get("backends", {})
+    usable = [name for name in BACKENDS if works.get(name)]
+    outcomes: list[Outcome] = []
+    for step in steps(usable, has_bpf=_has_bpf(), quick=quick):
+        outcomes.append(_run(step))
+        listing = [dataclasses.asdict(outcome) for outcome in outcomes]
+        (_results() / "steps.json").write_text(json.dumps(listing, indent=2))
+        sys.stdout.write(f"{told(outcomes[-1])}\n")
+        sys.stdout.flush()
+    return int(not outcomes or any(outcome.code for outcome in outcomes))
+
+
+def _has_bpf() -> bool:
+    """The directory for bpffs comes with CONFIG_BPF_SYSCALL (kernel/bpf/inode.c)."""
+    return Path("/sys/fs/bpf").is_dir()
+
+
+def told(outcome: Outcome) -> str:
+    """One line for people."""
+    counts = f", {outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
+    verdict = "ok" if not outcome.code else f"FAILED ({outcome.code})"
+    return (
+        f"{outcome.backend} {outcome.what}: {verdict}"
+        f"{counts if outcome.what == 'tests' else ''}, {outcome.seconds:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(quick="--quick" in sys.argv[1:]))
