@@ -42,7 +42,7 @@ test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf
-# 1: the part of the tests that CI has the time for.
+# 1: a part of the tests, for a quick look.
 QUICK ?=
 
 .PHONY: test-kernels
