@@ -19,6 +19,7 @@ import trio
 
 from pyambient import __version__
 from pyambient.errors import PyambientError, UsageError
+from pyambient.intercept.options import CaptureOptions
 from pyambient.observe.logs import get_logger
 
 from .config import MAX_DRAIN_TIMEOUT
@@ -94,8 +95,13 @@ class Api:
 
     async def _enroll(self, request: Mapping[str, Any]) -> Any:
         fields = {field.name: field.default for field in dataclasses.fields(EnrolRequest)}
+        del fields["options"]
         texts = {name: _text(request, name, default) for name, default in fields.items()}
-        return describe(await self._enrolments.enrol(EnrolRequest(**texts)))
+        options = request.get("options", {})
+        if not isinstance(options, dict):
+            raise UsageError("options are a JSON object")
+        chosen = CaptureOptions.from_json(options)
+        return describe(await self._enrolments.enrol(EnrolRequest(**texts, options=chosen)))
 
     async def _unenroll(self, request: Mapping[str, Any]) -> Any:
         enrolled = self._enrolments.lookup(_text(request, "netns"))

@@ -10,6 +10,7 @@ import trio
 
 from pyambient.errors import UsageError
 from pyambient.intercept.interface import Pod
+from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
@@ -31,6 +32,7 @@ class EnrolRequest:
     namespace: str
     service_account: str
     backend: str = "auto"
+    options: CaptureOptions = DEFAULTS
 
     def pod(self) -> PodRef:
         """The pod, under a uid of its own; UsageError for names that no identity can have."""
@@ -80,7 +82,8 @@ class Enrolled:
             netns.close()
             raise
         netns.name = ref.label
-        return cls(Record(pod, ref, request.backend, State.ENROLLING, ()), netns)
+        record = Record(pod, ref, request.backend, State.ENROLLING, (), options=request.options)
+        return cls(record, netns)
 
     @property
     def uid(self) -> str:

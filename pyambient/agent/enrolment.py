@@ -83,7 +83,7 @@ class Enrolments:
         enrolled = self._claim(request)
         async with enrolled.turn:
             try:
-                await self._enrol(enrolled, request.backend)
+                await self._enrol(enrolled)
             except BaseException:
                 with trio.CancelScope(
                     shield=True, deadline=trio.current_time() + _ROLLBACK_TIMEOUT
@@ -105,10 +105,13 @@ class Enrolments:
         self._pods[claimed.uid] = claimed
         return claimed
 
-    async def _enrol(self, enrolled: Enrolled, backend: str) -> None:
+    async def _enrol(self, enrolled: Enrolled) -> None:
         site = self._settings.site
-        plan = await self._in_kernel(make_plan, enrolled.target, backend, site)
-        self._write(enrolled, planned(enrolled.record, plan, site))
+        record = enrolled.record
+        plan = await self._in_kernel(
+            make_plan, enrolled.target, record.backend, site, record.options
+        )
+        self._write(enrolled, planned(record, plan, site))
         await self._apply(enrolled, _PREPARING)
         pid = await self._proxies.start(
             enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Interceptor, Plan, Pod, Restoring, Site, Step
+from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.preflight import preflight
 from pyambient.intercept.rtnetlink import routing
 from pyambient.intercept.runner import StepFailed, apply_stages, refresh, undo_stages
@@ -23,11 +24,11 @@ from .locate import find
 from .records import Record, RecordStore
 
 
-def make_plan(pod: Pod, backend: str, site: Site) -> Plan:
+def make_plan(pod: Pod, backend: str, site: Site, options: CaptureOptions) -> Plan:
     """What enrolling the pod would add; PyambientError if it cannot be enrolled as it is."""
     interceptor = choose(backend, site)
     preflight(pod, site, interceptor.name)
-    return interceptor.plan(pod, survey(pod.netns))
+    return interceptor.plan(pod, survey(pod.netns), options)
 
 
 def planned(record: Record, plan: Plan, site: Site) -> Record:
@@ -74,7 +75,7 @@ def _note(enrolled: Enrolled, step: Step, store: RecordStore) -> None:
 def bring_up_to_date(enrolled: Enrolled, interceptor: Interceptor, store: RecordStore) -> None:
     """Turn what is applied into what the pod needs now, and apply again what has got lost."""
     pod, record = enrolled.target, enrolled.record
-    plan = interceptor.plan(pod, survey(pod.netns))
+    plan = interceptor.plan(pod, survey(pod.netns), record.options)
     if plan.steps != record.steps:
         _change(enrolled, plan, store)
     if addresses_of(plan) != record.addresses:

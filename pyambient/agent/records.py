@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.intercept.interface import Step, from_record, to_record
+from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 
@@ -91,6 +92,7 @@ class Record:
     steps: tuple[Step, ...]
     addresses: tuple[str, ...] = ()
     cgroup: str | None = None
+    options: CaptureOptions = DEFAULTS
 
     def changed(self, **fields: Any) -> Record:
         return dataclasses.replace(self, **fields)
@@ -105,6 +107,7 @@ class Record:
             "steps": to_record(self.steps),
             "addresses": list(self.addresses),
             "cgroup": self.cgroup,
+            "options": self.options.to_json(),
         }
 
     @classmethod
@@ -123,6 +126,7 @@ class Record:
             from_record(fields["steps"]),
             tuple(fields["addresses"]),
             fields["cgroup"],
+            CaptureOptions.from_json(fields["options"]),
         )
 
 

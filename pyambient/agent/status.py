@@ -19,4 +19,5 @@ def describe(record: Record) -> dict[str, Any]:
         "backend": record.backend,
         "state": record.state.value,
         "addresses": list(record.addresses),
+        "options": record.options.to_json(),
     }

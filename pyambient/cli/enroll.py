@@ -10,6 +10,7 @@ from pyambient.agent.client import ask
 from pyambient.agent.config import AgentSettings, RunDir
 from pyambient.agent.locate import path_of
 from pyambient.errors import UsageError
+from pyambient.intercept.options import CaptureOptions
 
 from .options import (
     Invocation,
@@ -71,11 +72,12 @@ def command(  # noqa: PLR0913 - a parameter for each option
         "service_account": service_account,
         "backend": backend,
     }
+    options = CaptureOptions()
     if dry_run:
         settings = AgentSettings(run_dir, existing_cgroup(cgroup))
-        click.echo(_dry_run(settings, **request), nl=False)
+        click.echo(_dry_run(settings, options, **request), nl=False)
         return
-    pod = ask(run_dir, "enroll", **request)
+    pod = ask(run_dir, "enroll", **request, options=options.to_json())
     addresses = " ".join(pod["addresses"]) or "no address yet"
     click.echo(
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
@@ -89,15 +91,15 @@ def _name_of(netns: str) -> str:
     return Path(netns).name
 
 
-def _dry_run(settings: AgentSettings, **request: str) -> str:
+def _dry_run(settings: AgentSettings, options: CaptureOptions, **request: str) -> str:
     """What the enrolment would add, after the checks that come before it."""
     from pyambient.agent.enrolled import Enrolled, EnrolRequest  # noqa: PLC0415 - loads trio
     from pyambient.agent.interception import make_plan  # noqa: PLC0415 - loads the backends
     from pyambient.agent.locate import refuse_enrolled  # noqa: PLC0415 - beside its caller
     from pyambient.agent.records import RecordStore  # noqa: PLC0415 - beside its caller
 
-    pod = Enrolled.opened(EnrolRequest(**request))
+    pod = Enrolled.opened(EnrolRequest(**request, options=options))
     with pod.netns:
         records, _ = RecordStore(settings.run_dir.pods).readable()
         refuse_enrolled(records, pod.netns)
-        return make_plan(pod.target, request["backend"], settings.site).render()
+        return make_plan(pod.target, request["backend"], settings.site, options).render()

@@ -32,6 +32,7 @@ from .fib import Route, delivery
 from .interface import Plan, Pod, PodNetwork, Site, Step
 from .loader import Constants
 from .netns_cookie import netns_cookie
+from .options import DEFAULTS, CaptureOptions
 from .sysctl import ReservedPorts, Sysctl
 
 _FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
@@ -53,7 +54,12 @@ class Bpf:
         self._cgroup = site.cgroup
         self._constants = constants
 
-    def plan(self, pod: Pod, network: PodNetwork) -> Plan:
+    def plan(
+        self,
+        pod: Pod,
+        network: PodNetwork,
+        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+    ) -> Plan:
         cookie = netns_cookie(pod.netns, self._cgroup)
         by_ifindex = self._constants.has_ingress_ifindex
         own = dict.fromkeys(address.ip for address in network.addresses + network.tentative)

@@ -32,6 +32,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
+from .options import DEFAULTS, CaptureOptions
+
 
 class Stage(enum.IntEnum):
     """When a step is applied; undone in the opposite order."""
@@ -185,5 +187,5 @@ class Interceptor(Protocol):
 
     name: ClassVar[str]
 
-    def plan(self, pod: Pod, network: PodNetwork) -> Plan:
+    def plan(self, pod: Pod, network: PodNetwork, options: CaptureOptions = DEFAULTS) -> Plan:
         """What this pod needs; no side effects."""

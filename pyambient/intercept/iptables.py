@@ -20,6 +20,7 @@ from .fib import delivery
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .iptables_tools import choose_variant, tool
 from .netfilter import Action, Field, Match, Place, Rule
+from .options import DEFAULTS, CaptureOptions
 from .programs import run
 from .sysctl import ReservedPorts
 
@@ -222,7 +223,12 @@ class Iptables:
     def __init__(self, variant: str | None = None) -> None:
         self.variant = variant
 
-    def plan(self, pod: Pod, network: PodNetwork) -> Plan:
+    def plan(
+        self,
+        pod: Pod,
+        network: PodNetwork,
+        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+    ) -> Plan:
         variant = choose_variant(pod.netns) if self.variant is None else self.variant
         steps: list[Step] = [ReservedPorts(), *delivery(network, connects=False)]
         for ipv6 in (False, True) if network.has_ipv6 else (False,):

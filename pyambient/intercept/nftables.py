@@ -30,6 +30,7 @@ from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .netfilter import FOUNDATION, Place
 from .nf_tables import NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC, Chain
 from .nft_rules import TABLE, encode, text
+from .options import DEFAULTS, CaptureOptions
 from .programs import installed, not_installed, run
 from .sysctl import ReservedPorts
 
@@ -162,7 +163,12 @@ class Nftables:
 
     name: ClassVar[str] = "nftables"
 
-    def plan(self, pod: Pod, network: PodNetwork) -> Plan:  # noqa: ARG002 - the same for every pod
+    def plan(
+        self,
+        pod: Pod,  # noqa: ARG002 - the same for every pod
+        network: PodNetwork,
+        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+    ) -> Plan:
         if not installed("nft"):
             raise not_installed("nft")
         families = ("ip", "ip6") if network.has_ipv6 else ("ip",)

@@ -12,6 +12,7 @@ from pyambient.agent.config import RunDir
 from pyambient.agent.records import NetnsRef, Record, RecordStore, State
 from pyambient.cli.main import cli
 from pyambient.cli.status import table
+from pyambient.intercept.options import CaptureOptions
 from pyambient.model.workload import PodRef
 
 TABLE = """\
@@ -68,6 +69,7 @@ def test_the_json_twin(run_dir: Path) -> None:
         "backend": "bpf",
         "state": "enrolled",
         "addresses": ["10.0.0.2", "fd00::2"],
+        "options": CaptureOptions().to_json(),
     }
 
 
