@@ -9,8 +9,7 @@
  * captured packets go out over lo.
  */
 #include "maps.h"
-
-#include <linux/pkt_cls.h>
+#include "packet.h"
 
 DEFINE_CAPTURED_SOCKETS;
 

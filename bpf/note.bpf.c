@@ -12,17 +12,12 @@
  * from the proxy's own sockets, whether the SYN is the proxy's.
  */
 #include "maps.h"
-
-#include <linux/if_ether.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include <linux/pkt_cls.h>
-#include <linux/tcp.h>
+#include "packet.h"
 
 DEFINE_NOTES;
 DEFINE_CONSTANTS;
 
-#define READ(skb, offset, header) \
+#define READ_HEADER(skb, offset, header) \
 	bpf_skb_load_bytes_relative(skb, offset, &(header), sizeof(header), BPF_HDR_START_NET)
 
 /* The proxy's SYN has neither fragments nor extension headers; 0 for what is not TCP. */
@@ -30,7 +25,7 @@ static __always_inline __u32 read_ipv4(struct __sk_buff *skb, struct connection 
 {
 	struct iphdr ip;
 
-	if (READ(skb, 0, ip) || ip.protocol != IPPROTO_TCP)
+	if (READ_HEADER(skb, 0, ip) || ip.protocol != IPPROTO_TCP)
 		return 0;
 	set_ipv4(syn->from, ip.saddr);
 	set_ipv4(syn->to, ip.daddr);
@@ -41,7 +36,7 @@ static __always_inline __u32 read_ipv6(struct __sk_buff *skb, struct connection 
 {
 	struct ipv6hdr ip;
 
-	if (READ(skb, 0, ip) || ip.nexthdr != IPPROTO_TCP)
+	if (READ_HEADER(skb, 0, ip) || ip.nexthdr != IPPROTO_TCP)
 		return 0;
 	set_ipv6(syn->from, ip.saddr.s6_addr32);
 	set_ipv6(syn->to, ip.daddr.s6_addr32);
@@ -57,7 +52,7 @@ static __always_inline int read_syn(struct __sk_buff *skb, struct connection *sy
 		offset = read_ipv4(skb, syn);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
 		offset = read_ipv6(skb, syn);
-	if (!offset || READ(skb, offset, tcp) || !tcp.syn || tcp.ack)
+	if (!offset || READ_HEADER(skb, offset, tcp) || !tcp.syn || tcp.ack)
 		return 0;
 	syn->from_port = bpf_ntohs(tcp.source);
 	syn->to_port = bpf_ntohs(tcp.dest);
