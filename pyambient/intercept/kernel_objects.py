@@ -18,6 +18,7 @@ from . import libbpf
 _INFO_BYTES: Final = 256
 _MOST_PROGRAMS: Final = 64
 _MOST_MAPS: Final = 16
+_BEFORE_ALL: Final = 1 << 3  # BPF_F_BEFORE, relative to nothing
 
 
 class AttachType(enum.IntEnum):
@@ -30,6 +31,7 @@ class AttachType(enum.IntEnum):
     CONNECT4 = 10
     CONNECT6 = 11
     SK_LOOKUP = 36
+    TCX_INGRESS = 46
     TCX_EGRESS = 47
 
 
@@ -151,16 +153,30 @@ class LinkInfo:
     attach_type: int
 
 
+class _LinkOptions(ctypes.Structure):
+    """The beginning of struct bpf_link_create_opts."""
+
+    _fields_ = (("sz", ctypes.c_size_t), ("flags", ctypes.c_uint32))
+
+    @classmethod
+    def with_flags(cls, flags: int) -> Self:
+        return cls(ctypes.sizeof(cls), flags)
+
+
 class Link(KernelObject):
     """A program attached to a cgroup or network namespace for as long as an fd or a pin is left."""
 
     @classmethod
-    def create(cls, program: int, target: int, attach_type: AttachType) -> Self:
+    def create(
+        cls, program: int, target: int, attach_type: AttachType, *, first: bool = False
+    ) -> Self:
         """Attach the program fd to `target`: the fd of a cgroup or namespace, or a device's index.
 
-        An index is looked up in the network namespace of the calling thread.
+        An index is looked up in the network namespace of the calling thread. On a device, `first`
+        has it run before the programs that are there.
         """
-        fd = libbpf.call("bpf_link_create", program, target, attach_type, None)
+        options = ctypes.byref(_LinkOptions.with_flags(_BEFORE_ALL)) if first else None
+        fd = libbpf.call("bpf_link_create", program, target, attach_type, options)
         return cls(fd, attach_type.name.lower())
 
     def detach(self) -> None:

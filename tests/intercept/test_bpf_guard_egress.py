@@ -25,10 +25,10 @@ def refuse_tcx(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kernel before 6.6 does."""
     create = Link.create.__func__
 
-    def without_tcx(cls, program, attach_to, attach_type):
-        if attach_type is AttachType.TCX_EGRESS:
+    def without_tcx(cls, program, attach_to, attach_type, *, first=False):
+        if attach_type in (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return create(cls, program, attach_to, attach_type)
+        return create(cls, program, attach_to, attach_type, first=first)
 
     monkeypatch.setattr(Link, "create", classmethod(without_tcx))
 

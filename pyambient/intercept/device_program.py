@@ -1,0 +1,209 @@
+"""A BPF program at the tc hook of a device of a pod, as a step.
+
+General theory of operation
+---------------------------
+tcx (Linux 6.6) attaches by a link, which is pinned and belongs to us alone. Before, the program is
+a filter of the device's clsact qdisc (tc-bpf(8)); the qdisc goes with the last filter of ours if
+nobody else had made it. Which of the two this kernel takes is found by trying.
+
+Several of our programs may sit at one hook, and their order counts. A `rank` says it: with clsact
+it is the filter's priority. With tcx the first rank goes ahead of whatever is there, the others to
+the end, so the first comes first again when it is attached anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import errno
+import socket
+import urllib.parse
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Final, Self
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from pyambient.netns import Netns
+
+from .bpf_node import PROGRAM_PREFIX, pod_directory
+from .interface import Pod, Stage
+from .kernel_objects import AttachType, Link
+from .loader import BpfObject
+from .rtnetlink import request, routing
+
+_HANDLE: Final = 0x111
+_NO_TCX: Final = frozenset((errno.EINVAL, errno.EOPNOTSUPP))
+_GONE: Final = frozenset((errno.ENOENT, errno.ENODEV, errno.EINVAL))
+
+
+class Direction(enum.Enum):
+    """Which packets of a device; the value is the parent of filters for them (TC_H_MAKE)."""
+
+    INGRESS = 0xFFFFFFF2
+    EGRESS = 0xFFFFFFF3
+
+    @property
+    def tcx(self) -> AttachType:
+        return AttachType.TCX_INGRESS if self is Direction.INGRESS else AttachType.TCX_EGRESS
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a program runs, and which of our programs comes first there (rank 1)."""
+
+    program: str
+    direction: Direction
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return self.program.removeprefix(PROGRAM_PREFIX)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProgram(ABC):
+    """One program on one device; `index` and the rest are what `apply` found and did."""
+
+    stage: ClassVar[Stage] = Stage.APPLY
+    place: ClassVar[Place]
+
+    bpffs: str
+    device: str
+    index: int = field(default=0, compare=False, kw_only=True)
+    by_filter: bool = field(default=False, compare=False, kw_only=True)
+    made_qdisc: bool = field(default=False, compare=False, kw_only=True)
+
+    @abstractmethod
+    def load(self, pod: Pod) -> AbstractContextManager[BpfObject]:
+        """The object with the program, sharing the maps that it is to share."""
+
+    def describe(self) -> str:
+        place = self.place
+        return (
+            f"bpf attach {place.name} to the {place.direction.name.lower()} of {self.device}, "
+            f"pinned in {self.bpffs}/pods"
+        )
+
+    def apply(self, pod: Pod) -> Self:
+        if self.missing(pod) is None:
+            return self
+        self.undo(pod)
+        index = self._current_index(pod)
+        with self.load(pod) as loaded:
+            program = loaded.program_fd(self.place.program)
+            if self._link(pod, program, index):
+                return dataclasses.replace(self, index=index, by_filter=False)
+            made = _add_filter(pod.netns, index, self.place, program)
+        return dataclasses.replace(self, index=index, by_filter=True, made_qdisc=made)
+
+    def undo(self, pod: Pod) -> None:
+        self._pin(pod).unlink(missing_ok=True)
+        if self.by_filter and pod.netns.fd >= 0:
+            _remove_filter(pod.netns, self.index, self.place)
+            if self.made_qdisc and not _has_filters(pod.netns, self.index):
+                _remove_qdisc(pod.netns, self.index)
+
+    def missing(self, pod: Pod) -> str | None:
+        if self._current_index(pod) != self.index:
+            return f"{self.device} is another device now"
+        if self.by_filter:
+            there = self.place.program in _filters(pod.netns, self.index, self.place.direction)
+            return None if there else f"no {self.place.name} on {self.device}"
+        link = Link.open_pinned(self._pin(pod))
+        if link is None:
+            return f"no {self.place.name} on {self.device}"
+        with link:
+            attached = link.info().target == self.index
+        return None if attached else f"the {self.place.name} has lost {self.device}"
+
+    def _link(self, pod: Pod, program: int, index: int) -> bool:
+        """Attach by tcx; False where this kernel has none."""
+        first = self.place.rank == 1
+        try:
+            with pod.netns.entered():
+                link = Link.create(program, index, self.place.direction.tcx, first=first)
+        except OSError as error:
+            if error.errno in _NO_TCX:
+                return False
+            raise
+        with link:
+            link.pin(self._pin(pod))
+        return True
+
+    def _current_index(self, pod: Pod) -> int:
+        with pod.netns.entered():
+            return socket.if_nametoindex(self.device)
+
+    def _pin(self, pod: Pod) -> Path:
+        device = urllib.parse.quote(self.device, safe="").replace(".", "%2E")
+        return pod_directory(Path(self.bpffs), pod.uid) / f"{self.place.name}-{device}"
+
+
+def _add_filter(netns: Netns, index: int, place: Place, program: int) -> bool:
+    """Attach as a filter of the clsact qdisc; whether the qdisc is ours.
+
+    It is if it had to be made now, and if one of our programs is in it already, which may have
+    made it and be the first to leave.
+    """
+    ours = request(netns, lambda kernel: kernel.tc("add", "clsact", index=index), {errno.EEXIST})
+    ours = ours or any(name.startswith(PROGRAM_PREFIX) for name in _all_filters(netns, index))
+
+    def add(kernel: Any) -> None:
+        kernel.tc(
+            "replace-filter",
+            "bpf",
+            index=index,
+            handle=_HANDLE,
+            prio=place.rank,
+            parent=place.direction.value,
+            fd=program,
+            name=place.program,
+            direct_action=True,
+        )
+
+    try:
+        request(netns, add, ())
+    except OSError:
+        if ours and not _has_filters(netns, index):
+            _remove_qdisc(netns, index)
+        raise
+    return ours
+
+
+def _remove_filter(netns: Netns, index: int, place: Place) -> None:
+    where = {"handle": _HANDLE, "prio": place.rank, "parent": place.direction.value}
+    request(netns, lambda kernel: kernel.tc("del-filter", "bpf", index=index, **where), _GONE)
+
+
+def _remove_qdisc(netns: Netns, index: int) -> None:
+    request(netns, lambda kernel: kernel.tc("del", "clsact", index=index), _GONE)
+
+
+def _has_filters(netns: Netns, index: int) -> bool:
+    return any(True for _ in _all_filters(netns, index))
+
+
+def _all_filters(netns: Netns, index: int) -> Iterator[str]:
+    for direction in Direction:
+        yield from _filters(netns, index, direction)
+
+
+def _filters(netns: Netns, index: int, direction: Direction) -> tuple[str, ...]:
+    """The names of the filters on a device; "" for one that is no BPF program."""
+    with routing(netns) as kernel, contextlib.suppress(NetlinkError):
+        names = map(_name_of, list(kernel.get_filters(index=index, parent=direction.value)))
+        return tuple(name for name in names if name is not None)
+    return ()
+
+
+def _name_of(message: Any) -> str | None:
+    """The kernel lists each priority once more than it has filters, without options."""
+    options = message.get_attr("TCA_OPTIONS")
+    if options is None:
+        return None
+    return str(options.get_attr("TCA_BPF_NAME") or "") if hasattr(options, "get_attr") else ""
