@@ -16,6 +16,7 @@ from __future__ import annotations
 from .apps import Accepted, ClientOptions, Exchange
 from .capture import Capture, Packet, capturing
 from .cgroup import CgroupTree
+from .marking import marking
 from .mesh import Mesh
 from .network import Bed, BedPod, Network, Twin
 from .nullproxy import Interception, NullProxy
@@ -46,5 +47,6 @@ __all__ = [
     "changes",
     "forbid_bpf",
     "kernel_state",
+    "marking",
     "nobpf",
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyambient.errors import NeedsRoot
-from tests.bed import Bed, Capability, Channel, ChildDied, isolation
+from tests.bed import Bed, Capability, Channel, ChildDied, isolation, marking
 
 
 def _status() -> dict[str, str]:
@@ -30,18 +30,30 @@ def test_an_app_is_nobody_without_capabilities(bed: Bed) -> None:
 
 
 def test_an_app_has_just_the_capabilities_it_was_given(bed: Bed) -> None:
-    """CAP_NET_RAW sets a mark, and nothing more comes with it."""
+    """CAP_NET_RAW opens a raw socket, and nothing more comes with it."""
 
-    def set_mark_and_try_netadmin() -> tuple[int, int]:
+    def open_raw_and_try_netadmin() -> int:
+        raw = socket.socket(type=socket.SOCK_RAW, proto=socket.IPPROTO_RAW)
+        with raw as made, pytest.raises(PermissionError):
+            made.setsockopt(socket.SOL_SOCKET, 33, 1 << 20)  # SO_RCVBUFFORCE
+        return int(_status()["CapAmb"], 16)
+
+    seen = bed.pod("a").run(open_raw_and_try_netadmin, capabilities=[Capability.NET_RAW])
+    assert seen == 1 << Capability.NET_RAW
+
+
+def test_an_app_that_may_set_marks_does(bed: Bed) -> None:
+    """Whichever capability this kernel asks for."""
+
+    def mark() -> int:
         with socket.socket() as made:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x539)
-            mark = made.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
-            with pytest.raises(PermissionError):
-                made.setsockopt(socket.SOL_SOCKET, 33, 1 << 20)  # SO_RCVBUFFORCE
-        return mark, int(_status()["CapAmb"], 16)
+            return made.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
 
-    seen = bed.pod("a").run(set_mark_and_try_netadmin, capabilities=[Capability.NET_RAW])
-    assert seen == (0x539, 1 << Capability.NET_RAW)
+    pod = bed.pod("a")
+    assert pod.run(mark, capabilities=marking(pod)) == 0x539
+    with pytest.raises(PermissionError):
+        pod.run(mark)
 
 
 def test_a_user_who_is_not_root_learns_why(bed: Bed) -> None:

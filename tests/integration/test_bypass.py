@@ -10,7 +10,7 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PROXY_MARK
-from tests.bed import Capability, capturing
+from tests.bed import capturing, marking
 
 from .conftest import Pair
 
@@ -114,13 +114,13 @@ def test_a_device_bound_later_sends_nothing(pair: Pair, destination: SocketAddre
 @pytest.mark.parametrize("mark", [PROXY_MARK, 0])
 @pytest.mark.parametrize("backend", ["bpf"], scope="module")
 def test_a_mark_set_later_sends_nothing(pair: Pair, destination: SocketAddress, mark: int) -> None:
-    """With CAP_NET_RAW an app can change its mark once connected; the guard drops what it sends."""
-    trick = _marked_once_connected(mark)
+    """An app that may set marks changes its own once connected: the guard drops what it sends."""
+    trick, able = _marked_once_connected(mark), marking(pair.client)
     with (
         pair.serve(pair.server, destination.port),
         capturing(pair.client) as capture,
         pytest.raises(TimeoutError),
     ):
-        pair.client.run(_attempt, trick, destination, capabilities=[Capability.NET_RAW])
+        pair.client.run(_attempt, trick, destination, capabilities=able)
     assert [str(packet) for packet in capture.packets if _MARKER in packet.payload] == []
     assert [str(packet) for packet in capture.packets if destination.port in packet.ports] == []

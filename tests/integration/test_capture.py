@@ -12,12 +12,12 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT, PROXY_MARK, RESERVED_PORTS
-from tests.bed import Capability, Channel, Child, ClientOptions, apps, capturing
+from tests.bed import Channel, Child, ClientOptions, apps, capturing, marking
 
 from .conftest import Pair, assert_all_tunnelled
 
 _MARKER = b"plaintext that must not be on the wire"
-# With netfilter alone the proxy is known by its mark, which CAP_NET_RAW can forge.
+# With netfilter alone the proxy is known by its mark, which an app that may set marks can forge.
 _ONLY_BPF = pytest.mark.parametrize("backend", ["bpf"], scope="module")
 
 
@@ -287,11 +287,11 @@ def test_udp_is_untouched(pair: Pair, family: str) -> None:
 
 @_ONLY_BPF
 def test_the_proxys_mark_is_no_pass(pair: Pair, echo: Child, destination: SocketAddress) -> None:
-    """An app with CAP_NET_RAW that sets the proxy's mark is captured like any other."""
+    """An app that may set marks and sets the proxy's is captured like any other."""
     options = ClientOptions(mark=PROXY_MARK)
     with capturing(pair.client) as capture:
         seen = pair.client.run(
-            apps.request, destination, _MARKER, options, capabilities=[Capability.NET_RAW]
+            apps.request, destination, _MARKER, options, capabilities=marking(pair.client)
         )
     assert (seen.data, seen.peer) == (_MARKER, destination)
     assert_all_tunnelled(capture, pair.client, pair.server, _MARKER)
@@ -313,4 +313,4 @@ def test_nobody_takes_the_proxys_ports(pair: Pair, port: int, host: str) -> None
                 taker.bind((host, port))
         return int(caught.value.errno or 0)
 
-    assert pair.client.run(bind, capabilities=[Capability.NET_RAW]) == errno.EPERM
+    assert pair.client.run(bind, capabilities=marking(pair.client)) == errno.EPERM

@@ -18,7 +18,7 @@ from pyambient.model.numbers import (
     PROXY_MARK,
     RESERVED_PORTS,
 )
-from tests.bed import Bed, BedPod, Capability, ClientOptions, apps
+from tests.bed import Bed, BedPod, ClientOptions, apps, marking
 from tests.bed.nullproxy import NullProxy
 
 from .bpf_mesh import BpfMesh, at, serve
@@ -39,21 +39,6 @@ def _refused(kernel: Constants) -> int:
     return errno.ECONNREFUSED if kernel.has_set_retval else errno.EPERM
 
 
-def _may_mark() -> bool:
-    with socket.socket() as any_socket:
-        try:
-            any_socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
-        except PermissionError:
-            return False
-    return True
-
-
-def _marking(pod: BedPod) -> list[Capability]:
-    """What lets an app set marks: CAP_NET_RAW, as containers have it, or more before 5.17."""
-    enough = pod.run(_may_mark, capabilities=[Capability.NET_RAW])
-    return [Capability.NET_RAW] if enough else [Capability.NET_ADMIN]
-
-
 @pytest.mark.parametrize("mark", [PROXY_MARK, LOOPBACK_MARK, 0x10000 | PROXY_MARK])
 def test_a_forged_mark_changes_nothing(mesh: BpfMesh, family: str, mark: int) -> None:
     """An app that may set marks and sets the proxy's mark, or ours, is captured all the same."""
@@ -61,7 +46,7 @@ def test_a_forged_mark_changes_nothing(mesh: BpfMesh, family: str, mark: int) ->
     serve(c)
     options = ClientOptions(mark=mark)
 
-    exchange = a.run(apps.request, at(c, family), b"x", options, capabilities=_marking(a))
+    exchange = a.run(apps.request, at(c, family), b"x", options, capabilities=marking(a))
 
     assert (exchange.data, exchange.errno) == (b"x", None)
     assert [(s.pod, s.port, s.original) for s in mesh.intercepted()] == [
@@ -121,7 +106,7 @@ def _bind(made: socket.socket, port: int) -> int:
 def test_nobody_else_binds_the_proxys_ports(mesh: BpfMesh, uid: int, mark: int | None) -> None:
     """Bind to 15001, 15006, 15008 or 15053 is EPERM in an enrolled pod, for root as well."""
     a = mesh.bed.pods["a"]
-    capabilities = _marking(a) if mark else []
+    capabilities = marking(a) if mark else []
 
     errors = a.run(_bind_all, mark, uid=uid, gid=uid, capabilities=capabilities)
 

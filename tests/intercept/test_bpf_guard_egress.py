@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from pyambient.intercept import runner
 from pyambient.intercept.egress_guard import EgressGuard
 from pyambient.intercept.kernel_objects import AttachType, Link
 from pyambient.model.numbers import PROXY_MARK
-from tests.bed import Bed, BedPod, Capability, capturing
+from tests.bed import Bed, BedPod, capturing, marking
 from tests.bed.snapshot import kernel_state
 
 from .bpf_mesh import PORT, BpfMesh, at, serve, target
@@ -33,12 +34,18 @@ def refuse_tcx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Link, "create", classmethod(without_tcx))
 
 
-@pytest.fixture(params=["tcx", "clsact"])
-def attached_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to attach."""
-    if request.param == "clsact":
+def has_tcx() -> bool:
+    """Whether this kernel's own types know tcx."""
+    return b"BPF_TCX_EGRESS" in Path("/sys/kernel/btf/vmlinux").read_bytes()
+
+
+@pytest.fixture(params=["this kernel", "no tcx"])
+def by_filter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to attach, where this kernel has both: whether the guard has to be a filter."""
+    if request.param == "no tcx":
         refuse_tcx(monkeypatch)
-    return str(request.param)
+        return True
+    return not has_tcx()
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def pods(bed: Bed) -> tuple[BedPod, BedPod, BedPod]:
 
 
 @pytest.fixture
-def mesh(bed: Bed, pods, attached_by: str) -> Iterator[BpfMesh]:
+def mesh(bed: Bed, pods, by_filter) -> Iterator[BpfMesh]:
     """Two enrolled pods, and nothing of the guard left when they are freed."""
     before = kernel_state(*pods)
     with BpfMesh(bed, *pods[:2]) as made:
@@ -69,14 +76,14 @@ def change_mark_and_send(destination, mark):
 
 
 @pytest.mark.parametrize("mark", [PROXY_MARK, 0])
-def test_a_captured_socket_cannot_be_freed_by_its_mark(mesh, pods, attached_by, family, mark):
+def test_a_captured_socket_cannot_be_freed_by_its_mark(mesh, pods, by_filter, family, mark):
     """The bytes leave by no device; an app without the trick goes on as before."""
     a, _, outside = pods
-    raw, there = [Capability.NET_RAW], at(outside, family)
+    able, there = marking(a), at(outside, family)
     with serve(outside), capturing(a) as capture, pytest.raises(TimeoutError):
-        a.run(change_mark_and_send, there, mark, capabilities=raw)
+        a.run(change_mark_and_send, there, mark, capabilities=able)
     assert [str(p) for p in capture.packets if _MARKER in p.payload and PORT in p.ports] == []
-    assert [guard.by_filter for guard in guards(mesh, a)] == [attached_by == "clsact"]
+    assert [guard.by_filter for guard in guards(mesh, a)] == [by_filter]
 
 
 def test_sockets_that_are_not_captured_pass(mesh, pods, family):
