@@ -29,6 +29,12 @@ RULE_PRIORITY: Final = 32764
 LOOPBACK_METRIC: Final = 100
 DEVICE_METRIC: Final = 200
 
+# How many addresses of a pod stand for the resolvers that its apps ask (backend "bpf"), and the
+# first of each family: of 127.0.0.0/8, and of 100::/64, which RFC 6666 has routers discard.
+DNS_SLOT_COUNT: Final = 1024
+DNS_SLOTS_V4: Final = "127.53.0.0"
+DNS_SLOTS_V6: Final = "100::53:0"
+
 PROBE_ADDRESS_V4: Final = "169.254.7.127"
 PROBE_ADDRESS_V6: Final = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
 

@@ -1,0 +1,119 @@
+"""Which resolver an app had asked, told from a DNS query that arrived at the proxy.
+
+General theory of operation
+---------------------------
+The proxy's UDP socket on 15053 learns from IP_PKTINFO or IPV6_PKTINFO to which address of the pod
+a query came. What that says depends on the backend:
+
+* `bpf`: the hooks in bpf/dns.bpf.c send each resolver's queries to an address of its own, a
+  *slot*: one of DNS_SLOTS_V4 or DNS_SLOTS_V6, all of which are local in the pod. The map
+  `resolvers` of the node tells whose slot it is. The answer has to come from the slot's address,
+  which needs IP_TRANSPARENT or IP_FREEBIND for IPv6; hooks turn it into the resolver's.
+* `nftables` and `iptables`: the query was redirected, and conntrack knows from where. The answer
+  has to come from the address that the query came to; netfilter turns it into the resolver's.
+
+What was sent to the proxy's port itself has no resolver, and shall have no answer.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from pathlib import Path
+from typing import Final, Protocol
+
+from pyambient.errors import PyambientError
+from pyambient.model.address import SocketAddress, canonical_ip
+from pyambient.model.numbers import DNS_PORT, DNS_SLOT_COUNT, DNS_SLOTS_V4, DNS_SLOTS_V6
+from pyambient.netns import Netns
+
+from .ctnetlink import Conntrack, Flow
+from .kernel_objects import Map
+
+RESOLVERS_MAP: Final = "resolvers"
+RESOLVER_PORT: Final = 53
+# struct slot and struct resolver of bpf/dns.bpf.c.
+_SLOT: Final = struct.Struct("=QII")
+_RESOLVER: Final = struct.Struct("=16sQII")
+_V4_SLOTS: Final = int.from_bytes(socket.inet_pton(socket.AF_INET, DNS_SLOTS_V4))
+_V6_SLOTS: Final = int.from_bytes(socket.inet_pton(socket.AF_INET6, DNS_SLOTS_V6))
+_FE80: Final = bytes((0xFE, 0x80))
+
+
+class ResolverLookup(Protocol):
+    """Finds out for the proxy whom a query was meant for; close it with the pod."""
+
+    def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:
+        """The address whose port 53 the app at `peer` had addressed; None if nobody knows.
+
+        `local_ip` is where the query arrived. Both are canonical text, IPv4-mapped as IPv4. The
+        answer is canonical text too, a link-local one with its scope.
+        """
+
+    def close(self) -> None: ...
+
+
+def bpf_resolvers(bpffs: Path, netns_cookie: int) -> ResolverLookup:
+    """For a pod of the backend `bpf`; PyambientError where its maps are not pinned."""
+    pin = bpffs / "node" / RESOLVERS_MAP
+    pinned = Map.open_pinned(pin)
+    if pinned is None:
+        raise PyambientError(f"the BPF map {pin} is gone", "enrol the pod again")
+    return _Slots(pinned, netns_cookie)
+
+
+def conntrack_resolvers(netns: Netns) -> ResolverLookup:
+    """For a pod of a netfilter backend."""
+    return _Redirects(Conntrack(netns))
+
+
+def slot_number(ip: str) -> int | None:
+    """The slot that this address of the pod is, or None."""
+    if ":" in ip:
+        number = int.from_bytes(socket.inet_pton(socket.AF_INET6, ip.partition("%")[0])) - _V6_SLOTS
+    else:
+        number = int.from_bytes(socket.inet_pton(socket.AF_INET, ip)) - _V4_SLOTS
+    return number if 0 <= number < DNS_SLOT_COUNT else None
+
+
+class _Slots:
+    def __init__(self, slots: Map, cookie: int) -> None:
+        self._slots = slots
+        self._cookie = cookie
+
+    def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:  # noqa: ARG002 - the slot says it all
+        number = slot_number(local_ip)
+        found = None if number is None else self._slots.get(_SLOT.pack(self._cookie, number, 0))
+        return None if found is None else _address(*_RESOLVER.unpack(found))
+
+    def close(self) -> None:
+        self._slots.close()
+
+    def __repr__(self) -> str:
+        return f"<resolvers of netns {self._cookie} in {self._slots!r}>"
+
+
+def _address(ip: bytes, _: int, scope: int, __: int) -> str | None:
+    """A link-local resolver is found only with its scope, which the hooks do not always learn."""
+    text = canonical_ip(socket.inet_ntop(socket.AF_INET6, ip))
+    if not ip.startswith(_FE80):
+        return text
+    return f"{text}%{scope}" if scope else None
+
+
+class _Redirects:
+    def __init__(self, conntrack: Conntrack) -> None:
+        self._conntrack = conntrack
+
+    def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:
+        reply = Flow(SocketAddress(local_ip, DNS_PORT), SocketAddress(*peer))
+        began = self._conntrack.original(reply)
+        if began is None or began.destination.port != RESOLVER_PORT:
+            return None
+        return began.destination.ip
+
+    def close(self) -> None:
+        self._conntrack.close()
+
+    def __repr__(self) -> str:
+        return f"<resolvers in {self._conntrack!r}>"
