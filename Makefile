@@ -49,6 +49,15 @@ QUICK ?=
 test-kernels: bpf ## interception and demo on other kernels (KERNELS="5.10 6.1 6.12 nobpf")
 	vagrant/test-kernels $(if $(QUICK),--quick) $(KERNELS)
 
+# SHORT=1: a quick pass over everything; CHECK=1: exit 1 and name the rows that miss their bar.
+SHORT ?=
+CHECK ?=
+ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5)
+
+.PHONY: bench-engine
+bench-engine: $(SETUP) ## the byte path beside Envoy's (root; SHORT=1, CHECK=1, ENGINE_ARGS=...)
+	$(BIN)/python -m pyambient.bench.engine $(ENGINE_ARGS) $(if $(CHECK),--check)
+
 .PHONY: setup
 setup: packages $(VENV)/installed bpf ## system packages, virtual environment, BPF objects
 

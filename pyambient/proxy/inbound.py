@@ -149,7 +149,7 @@ class InboundTunnel:
         self.local = from_sockaddr(sock.getsockname())
         self._scope = scope
         self._settled = trio.Event()
-        connection = Connection(Role.SERVER, self, worker.outputs)
+        connection = Connection(Role.SERVER, self, worker.outputs, worker.http2)
         transport = TlsTransport(sock, session, worker.buffers)
         self.tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, peer)
 

@@ -182,7 +182,7 @@ class Pool:
         pooled = _Pooled(self, key)
         peer = session.get_peer_certificate(as_cryptography=True)
         pooled.peer = authenticate_server(peer, key.expected)
-        connection = Connection(Role.CLIENT, pooled, worker.outputs)
+        connection = Connection(Role.CLIENT, pooled, worker.outputs, worker.http2)
         transport = TlsTransport(sock, session, worker.buffers)
         tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, key.next_hop)
         tunnel.on_close = lambda closed: self._closed(pooled, closed)

@@ -11,7 +11,7 @@ import trio
 from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import Loop
 from pyambient.engine.tls import SharedBuffers
-from pyambient.hbone import OutputPool
+from pyambient.hbone import LocalSettings, OutputPool
 from pyambient.identity.certificate import Certificate, IdentityError
 from pyambient.identity.context import Contexts
 from pyambient.identity.store import CertificateStore
@@ -26,6 +26,7 @@ from pyambient.zds.details import PodDetails
 
 NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
 _SHORTAGE_PAUSE = 0.1
+_HTTP2 = LocalSettings()
 
 
 class Worker:
@@ -38,12 +39,15 @@ class Worker:
         certificates: CertificateStore,
         access_log: AccessLog,
         trust_domain: str,
+        http2: LocalSettings = _HTTP2,
     ) -> None:
+        """`http2` are the settings of every tunnel."""
         self.loop = loop
         self.view = view
         self.certificates = certificates
         self.access_log = access_log
         self.trust_domain = trust_domain
+        self.http2 = http2
         self.contexts = Contexts()
         self.buffers = SharedBuffers()
         self.outputs = OutputPool()

@@ -1,0 +1,92 @@
+"""`make bench-engine`: measure, print the table, write the raw numbers; see docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from pyambient.bench.report import machine, write_json
+from pyambient.bench.rounds import Results, turns
+from pyambient.bench.walls import run_apart, settle_inside
+from pyambient.errors import PyambientError
+
+from .bed import Node
+from .load import build
+from .rows import ROWS
+from .subjects import ENVOY, OURS, OURS_16K, Subject
+from .table import render
+from .work import ROUND, Work
+
+_MODULE = "pyambient.bench.engine"
+_SUBJECTS = (OURS, OURS_16K, ENVOY)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--backend", default="bpf", help="what captures, for Envoy too")
+    parser.add_argument("--only", default="", help="only work whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--check", action="store_true", help="exit 1 if a row falls short")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> Results:
+    """All rounds of all work."""
+    program = build(options.out.absolute())
+    cpus = sorted(os.sched_getaffinity(0))
+    node = Node(options.inside, options.backend, (cpus[0], cpus[-1]))
+    subjects = {name: Subject(node, name, program) for name in _SUBJECTS}
+    results = Results()
+    try:
+        for order in turns(_SUBJECTS, options.rounds):
+            for work in ROUND:
+                if options.only in work.name:
+                    _one(work, [subjects[name] for name in order], options.seconds, results)
+    finally:
+        for subject in subjects.values():
+            subject.end()
+    return results
+
+
+def _one(work: Work, subjects: list[Subject], seconds: float, results: Results) -> None:
+    for subject in subjects:
+        if subject.name in work.subjects:
+            sample = subject.measure(work.kind, work.port, work.at_once, seconds)
+            results.add(work.name, subject.name, sample)
+            sys.stderr.write(".")
+            sys.stderr.flush()
+
+
+def _inside(options: argparse.Namespace) -> int:
+    settle_inside()
+    results = _measure(options)
+    sys.stderr.write("\n")
+    sys.stdout.write(render(ROWS, results))
+    settings = {"rounds": options.rounds, "seconds": options.seconds, "backend": options.backend}
+    content = {"machine": machine(), "settings": settings, "samples": results.samples}
+    write_json(options.out / "engine.json", content)
+    short = [row.name for row in ROWS if row.short(results)]
+    if options.check and short:
+        sys.stderr.write(f"bench-engine: {len(short)} rows fall short: {'; '.join(short)}\n")
+        return 1
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return _inside(options) if options.inside else run_apart(_MODULE, arguments)
+    except PyambientError as error:
+        sys.stderr.write(f"bench-engine: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

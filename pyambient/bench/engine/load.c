@@ -1,0 +1,507 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * load: the traffic of `make bench-engine`.
+ *
+ *   load serve PORT                               echo on PORT, sink on PORT+1, source on PORT+2
+ *   load trips ADDRESS PORT CONNECTIONS SECONDS   round trips of 64 bytes
+ *   load connections ADDRESS PORT AT_ONCE SECONDS connect, one byte each way, close
+ *   load upload ADDRESS PORT STREAMS SECONDS      to the sink
+ *   load download ADDRESS PORT STREAMS SECONDS    from the source
+ *   load idle ADDRESS PORT CONNECTIONS            open, one byte each way; hold until stdin ends
+ *   load deaf ADDRESS PORT CONNECTIONS            open and never read; hold until stdin ends
+ *   load flood ADDRESS PORT AT_ONCE SECONDS [FILE]
+ *                                                 connect, send FILE, wait for a byte, reset
+ *
+ * One thread, one epoll. When the traffic is warm it prints "start"; at the end one JSON object
+ * with what was counted since then, before anything is closed: whoever reads our output can take
+ * the CPU clocks of the proxies at exactly these two moments.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define EVENTS 512
+#define TRIP 64
+#define CHUNK (256 << 10)
+#define WARM_SECONDS 0.5
+#define STALL_MS 5000
+
+enum state { UNUSED, CONNECTING, WAITING, ECHO, SINK, SOURCE };
+
+struct connection {
+	double began;
+	uint32_t got;
+	enum state state;
+	/* Echo: what the socket did not take yet. */
+	char *unsent;
+	uint32_t unsent_at, unsent_end;
+};
+
+static struct connection *table;
+static char buffer[1 << 20];
+static int epoll;
+static struct sockaddr_storage target;
+static socklen_t target_length;
+
+static float *latencies;
+static size_t latency_count, latency_room;
+static uint64_t operations, bytes, errors;
+
+static void die(const char *what)
+{
+	fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static double now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static void watch(int fd, uint32_t events, int operation)
+{
+	struct epoll_event event = { .events = events, .data.fd = fd };
+
+	if (epoll_ctl(epoll, operation, fd, &event))
+		die("epoll_ctl");
+}
+
+static void prepare(void)
+{
+	struct rlimit limit;
+
+	signal(SIGPIPE, SIG_IGN);
+	getrlimit(RLIMIT_NOFILE, &limit);
+	limit.rlim_cur = limit.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &limit);
+	table = calloc(limit.rlim_max, sizeof(*table));
+	epoll = epoll_create1(0);
+	memset(buffer, 'x', sizeof(buffer));
+	if (!table || epoll < 0)
+		die("start");
+}
+
+static void no_delay(int fd)
+{
+	int on = 1;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
+
+static void set_target(const char *address, const char *port)
+{
+	struct sockaddr_in *v4 = (void *)&target;
+	struct sockaddr_in6 *v6 = (void *)&target;
+
+	if (inet_pton(AF_INET, address, &v4->sin_addr) == 1) {
+		v4->sin_family = AF_INET;
+		v4->sin_port = htons(atoi(port));
+		target_length = sizeof(*v4);
+	} else if (inet_pton(AF_INET6, address, &v6->sin6_addr) == 1) {
+		v6->sin6_family = AF_INET6;
+		v6->sin6_port = htons(atoi(port));
+		target_length = sizeof(*v6);
+	} else {
+		die(address);
+	}
+}
+
+static int open_connection(uint32_t events)
+{
+	int fd = socket(target.ss_family, SOCK_STREAM | SOCK_NONBLOCK, 0);
+
+	if (fd < 0)
+		die("socket");
+	no_delay(fd);
+	if (connect(fd, (void *)&target, target_length) && errno != EINPROGRESS)
+		die("connect");
+	table[fd] = (struct connection){ .began = now(), .state = CONNECTING };
+	watch(fd, events, EPOLL_CTL_ADD);
+	return fd;
+}
+
+static int still_coming(ssize_t count)
+{
+	return count < 0 && (errno == EAGAIN || errno == ENOTCONN);
+}
+
+/* The servers. */
+
+static int listener(int port)
+{
+	struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
+	int fd = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK, 0);
+	int on = 1;
+
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	if (bind(fd, (void *)&any, sizeof(any)) || listen(fd, 4096))
+		die("listen");
+	watch(fd, EPOLLIN, EPOLL_CTL_ADD);
+	return fd;
+}
+
+static void accept_all(int listening, enum state state)
+{
+	int fd;
+
+	while ((fd = accept4(listening, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+		no_delay(fd);
+		table[fd] = (struct connection){ .state = state };
+		watch(fd, state == SOURCE ? EPOLLIN | EPOLLOUT : EPOLLIN, EPOLL_CTL_ADD);
+	}
+}
+
+static void drop(int fd)
+{
+	free(table[fd].unsent);
+	table[fd] = (struct connection){ 0 };
+	close(fd);
+}
+
+static void echo_rest(int fd, struct connection *c)
+{
+	ssize_t count = write(fd, c->unsent + c->unsent_at, c->unsent_end - c->unsent_at);
+
+	if (count < 0 && errno != EAGAIN) {
+		drop(fd);
+		return;
+	}
+	c->unsent_at += count > 0 ? count : 0;
+	if (c->unsent_at == c->unsent_end) {
+		free(c->unsent);
+		c->unsent = NULL;
+		watch(fd, EPOLLIN, EPOLL_CTL_MOD);
+	}
+}
+
+static void echo(int fd, struct connection *c)
+{
+	ssize_t got, sent;
+
+	if (c->unsent) {
+		echo_rest(fd, c);
+		return;
+	}
+	got = read(fd, buffer, 64 << 10);
+	if (got <= 0) {
+		if (!still_coming(got))
+			drop(fd);
+		return;
+	}
+	sent = write(fd, buffer, got);
+	if (sent == got)
+		return;
+	sent = sent < 0 ? 0 : sent;
+	c->unsent_at = 0;
+	c->unsent_end = got - sent;
+	c->unsent = malloc(got - sent);
+	memcpy(c->unsent, buffer + sent, got - sent);
+	watch(fd, EPOLLOUT, EPOLL_CTL_MOD);
+}
+
+static void sink(int fd)
+{
+	ssize_t got = read(fd, buffer, sizeof(buffer));
+
+	if (got <= 0 && !still_coming(got))
+		drop(fd);
+}
+
+static void source(int fd, uint32_t events)
+{
+	ssize_t count;
+
+	if (events & EPOLLIN) {
+		count = read(fd, buffer, sizeof(buffer));
+		if (count <= 0 && !still_coming(count)) {
+			drop(fd);
+			return;
+		}
+	}
+	count = write(fd, buffer, CHUNK);
+	if (count < 0 && !still_coming(count))
+		drop(fd);
+}
+
+static void serve(int port)
+{
+	struct epoll_event events[EVENTS];
+	int first = listener(port);
+
+	if (listener(port + 1) != first + 1 || listener(port + 2) != first + 2)
+		die("descriptors out of order");
+	puts("start");
+	fflush(stdout);
+	for (;;) {
+		int count = epoll_wait(epoll, events, EVENTS, -1);
+
+		for (int i = 0; i < count; i++) {
+			int fd = events[i].data.fd;
+
+			if (fd >= first && fd < first + 3)
+				accept_all(fd, ECHO + fd - first);
+			else if (table[fd].state == ECHO)
+				echo(fd, &table[fd]);
+			else if (table[fd].state == SINK)
+				sink(fd);
+			else if (table[fd].state == SOURCE)
+				source(fd, events[i].events);
+		}
+	}
+}
+
+/* The clients: each kind has one function that is called for an event of one connection. */
+
+static void record(double began)
+{
+	operations++;
+	if (latency_count == latency_room) {
+		latency_room = latency_room ? 2 * latency_room : 1 << 16;
+		latencies = realloc(latencies, latency_room * sizeof(*latencies));
+		if (!latencies)
+			die("latencies");
+	}
+	latencies[latency_count++] = (now() - began) * 1e6;
+}
+
+static void send_trip(int fd, struct connection *c)
+{
+	c->began = now();
+	c->got = 0;
+	if (write(fd, buffer, TRIP) != TRIP)
+		die("a round trip's message was not taken whole");
+}
+
+static void on_trip(int fd, uint32_t events)
+{
+	struct connection *c = &table[fd];
+	ssize_t got;
+
+	(void)events;
+	if (c->state == CONNECTING) {
+		c->state = WAITING;
+		watch(fd, EPOLLIN, EPOLL_CTL_MOD);
+		send_trip(fd, c);
+		return;
+	}
+	got = read(fd, buffer, TRIP);
+	if (still_coming(got))
+		return;
+	if (got <= 0)
+		die("a round trip's connection ended");
+	c->got += got;
+	if (c->got < TRIP)
+		return;
+	record(c->began);
+	send_trip(fd, c);
+}
+
+static void on_connection(int fd, uint32_t events)
+{
+	struct connection *c = &table[fd];
+	char byte = 'x';
+	ssize_t count;
+
+	(void)events;
+	if (c->state == CONNECTING) {
+		count = write(fd, &byte, 1);
+		if (count == 1) {
+			c->state = WAITING;
+			watch(fd, EPOLLIN, EPOLL_CTL_MOD);
+			return;
+		}
+	} else {
+		count = read(fd, &byte, 1);
+		if (count == 1)
+			record(c->began);
+	}
+	if (still_coming(count))
+		return;
+	errors += count != 1;
+	drop(fd);
+	open_connection(EPOLLOUT);
+}
+
+static void on_upload(int fd, uint32_t events)
+{
+	ssize_t count = write(fd, buffer, CHUNK);
+
+	(void)events;
+	if (count > 0)
+		bytes += count;
+	else if (!still_coming(count))
+		die("upload");
+}
+
+static void on_download(int fd, uint32_t events)
+{
+	ssize_t count = read(fd, buffer, sizeof(buffer));
+
+	(void)events;
+	if (count > 0)
+		bytes += count;
+	else if (!still_coming(count))
+		die("download");
+}
+
+static const char *flood_data;
+static size_t flood_length;
+
+static void on_flood(int fd, uint32_t events)
+{
+	static const struct linger reset = { .l_onoff = 1 };
+	struct connection *c = &table[fd];
+	char byte;
+
+	if (c->state == CONNECTING && !(events & (EPOLLERR | EPOLLHUP)) && flood_length) {
+		if (write(fd, flood_data, flood_length) > 0) {
+			c->state = WAITING;
+			watch(fd, EPOLLIN, EPOLL_CTL_MOD);
+			return;
+		}
+	} else if (c->state == WAITING && still_coming(read(fd, &byte, 1))) {
+		return;
+	}
+	operations++;
+	setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+	drop(fd);
+	open_connection(EPOLLOUT);
+}
+
+static void read_flood(const char *path)
+{
+	static char data[64 << 10];
+	int fd = open(path, O_RDONLY);
+	ssize_t length = fd < 0 ? -1 : read(fd, data, sizeof(data));
+
+	if (length < 0)
+		die(path);
+	close(fd);
+	flood_data = data;
+	flood_length = length;
+}
+
+static int by_size(const void *left, const void *right)
+{
+	float a = *(const float *)left, b = *(const float *)right;
+
+	return a < b ? -1 : a > b;
+}
+
+static double percentile(double part)
+{
+	return latency_count ? latencies[(size_t)(part * (latency_count - 1))] : 0;
+}
+
+static void print_result(double seconds)
+{
+	/* The clocks are read when this line arrives, so sorting comes after the first part. */
+	printf("{\"seconds\": %.6f, \"operations\": %llu, \"bytes\": %llu, \"errors\": %llu",
+	       seconds, (unsigned long long)operations, (unsigned long long)bytes,
+	       (unsigned long long)errors);
+	puts("}");
+	fflush(stdout);
+	qsort(latencies, latency_count, sizeof(*latencies), by_size);
+	printf("{\"p50\": %.1f, \"p90\": %.1f, \"p99\": %.1f, \"p999\": %.1f}\n", percentile(.5),
+	       percentile(.9), percentile(.99), percentile(.999));
+	fflush(stdout);
+}
+
+static void run(void (*on_event)(int, uint32_t), int count, uint32_t first, double seconds)
+{
+	struct epoll_event events[EVENTS];
+	double start = now(), time;
+	int warm = 0;
+
+	for (int i = 0; i < count; i++)
+		open_connection(first);
+	for (;;) {
+		int ready = epoll_wait(epoll, events, EVENTS, STALL_MS);
+
+		if (!ready) {
+			errno = ETIMEDOUT;
+			die("nothing moves");
+		}
+		for (int i = 0; i < ready; i++)
+			on_event(events[i].data.fd, events[i].events);
+		time = now();
+		if (!warm && time - start > WARM_SECONDS) {
+			warm = 1;
+			puts("start");
+			fflush(stdout);
+			start = now();
+			operations = bytes = errors = latency_count = 0;
+		} else if (warm && time - start > seconds) {
+			break;
+		}
+	}
+	print_result(time - start);
+}
+
+static void hold(int count, int deaf)
+{
+	char byte = 'x';
+
+	for (int i = 0; i < count; i++) {
+		int fd = socket(target.ss_family, SOCK_STREAM, 0);
+
+		if (fd < 0 || connect(fd, (void *)&target, target_length))
+			die("connect");
+		if (write(fd, &byte, 1) != 1 || (!deaf && read(fd, &byte, 1) != 1))
+			die("the first byte");
+	}
+	puts("start");
+	fflush(stdout);
+	while (read(0, &byte, 1) > 0)
+		continue;
+}
+
+int main(int argc, char **argv)
+{
+	const char *what = argc > 1 ? argv[1] : "";
+	int count = argc > 4 ? atoi(argv[4]) : 0;
+	double seconds = argc > 5 ? atof(argv[5]) : 0;
+
+	prepare();
+	if (!strcmp(what, "serve") && argc == 3)
+		serve(atoi(argv[2]));
+	if (argc < 5) {
+		fputs("load: see the top of load.c\n", stderr);
+		return 2;
+	}
+	set_target(argv[2], argv[3]);
+	if (!strcmp(what, "trips"))
+		run(on_trip, count, EPOLLOUT, seconds);
+	else if (!strcmp(what, "connections"))
+		run(on_connection, count, EPOLLOUT, seconds);
+	else if (!strcmp(what, "upload"))
+		run(on_upload, count, EPOLLOUT, seconds);
+	else if (!strcmp(what, "download"))
+		run(on_download, count, EPOLLIN, seconds);
+	else if (!strcmp(what, "idle"))
+		hold(count, 0);
+	else if (!strcmp(what, "deaf"))
+		hold(count, 1);
+	else if (!strcmp(what, "flood")) {
+		if (argc > 6)
+			read_flood(argv[6]);
+		run(on_flood, count, EPOLLOUT, seconds);
+	}
+	return 0;
+}

@@ -1,0 +1,88 @@
+"""Starts the subject "pyambient": a proxy on each node of a bed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pyambient.errors import PyambientError
+
+from .bed import (
+    APP_PORT,
+    CLIENT,
+    CLIENT_IP,
+    NAMESPACE,
+    NEIGHBOUR,
+    NEIGHBOUR_IP,
+    SERVER,
+    SERVER_IP,
+    SERVER_IP_FOR_NEIGHBOUR,
+    Bed,
+)
+
+_ADDRESSES = {
+    CLIENT: (CLIENT_IP,),
+    NEIGHBOUR: (NEIGHBOUR_IP,),
+    SERVER: (SERVER_IP, SERVER_IP_FOR_NEIGHBOUR),
+}
+_POLICY = f"""
+policies:
+- name: known-clients
+  namespace: {NAMESPACE}
+  scope: WorkloadSelector
+  action: Allow
+  dryRun: false
+  rules:
+  - - - principals: [!Exact cluster.local/ns/{NAMESPACE}/sa/client]
+        destinationPorts: [{APP_PORT}, {APP_PORT + 1}, {APP_PORT + 2}]
+      - principals: [!Exact cluster.local/ns/{NAMESPACE}/sa/neighbour]
+"""
+
+
+def start(bed: Bed, *, frame: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """The proxies of node A and node B, listening; DATA frames are of at most `frame` bytes."""
+    mesh = bed.work / "mesh.yaml"
+    mesh.write_text("workloads:\n" + "".join(map(_workload, _ADDRESSES)) + _POLICY, "utf-8")
+    return (
+        _start(bed, (CLIENT, NEIGHBOUR), mesh, frame),
+        _start(bed, (SERVER,), mesh, frame),
+    )
+
+
+def _workload(name: str) -> str:
+    ips = ", ".join(f'"{ip}"' for ip in _ADDRESSES[name])
+    policies = f'["{NAMESPACE}/known-clients"]' if name == SERVER else "[]"
+    return (
+        f"- name: {name}\n  namespace: {NAMESPACE}\n  serviceAccount: {name}\n"
+        f"  workloadIps: [{ips}]\n  protocol: HBONE\n  services: {{}}\n"
+        f"  authorizationPolicies: {policies}\n"
+    )
+
+
+def _start(bed: Bed, names: tuple[str, ...], mesh: Path, frame: int) -> subprocess.Popen[str]:
+    pods = [
+        {
+            "name": name,
+            "namespace": NAMESPACE,
+            "fd": bed.pods[name].fd,
+            "backend": bed.node.interceptor.name,
+            "addresses": _ADDRESSES[name],
+        }
+        for name in names
+    ]
+    settings = {
+        "mesh": str(mesh),
+        "ca_dir": str(bed.node.ca_dir),
+        "log": str(bed.work / f"{names[0]}.log"),
+        "frame": frame,
+        "pods": pods,
+    }
+    command = [sys.executable, "-m", "pyambient.bench.engine.proxy", json.dumps(settings)]
+    fds = tuple(bed.pods[name].fd for name in names)
+    process = bed.proxy(names[0]).start(command, stdout=subprocess.PIPE, pass_fds=fds)
+    assert process.stdout is not None  # noqa: S101 - a pipe
+    if process.stdout.readline() != "ready\n":
+        raise PyambientError("pyambient's proxy did not start", "see what it wrote above")
+    return process

@@ -1,0 +1,80 @@
+"""The subject "pyambient": a proxy process as `pyambient proxy` is, told of its pods directly.
+
+`python -m pyambient.bench.engine.proxy SETTINGS`, a JSON object as `settings` makes it. There is no
+agent: what would come by ZDS and the details channel comes from the command line. All else is the
+product: mesh view, policies, certificates, access log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from pyambient.engine.loop import Loop
+from pyambient.hbone import LocalSettings
+from pyambient.identity.ca import EmbeddedAuthority
+from pyambient.identity.store import CertificateStore
+from pyambient.mesh.view import MeshView
+from pyambient.model.numbers import DEFAULT_TRUST_DOMAIN
+from pyambient.model.workload import PodRef
+from pyambient.netns import Netns
+from pyambient.observe.accesslog import AccessLog
+from pyambient.observe.logs import configure
+from pyambient.observe.sink import LineSink
+from pyambient.proxy.pods import Pods
+from pyambient.proxy.worker import Worker
+from pyambient.zds.details import PodDetails
+
+
+async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
+    authority = EmbeddedAuthority.open(Path(settings["ca_dir"]), DEFAULT_TRUST_DOMAIN)
+    certificates = CertificateStore(authority)
+    view = MeshView()
+    view.load(Path(settings["mesh"]))
+    access_log = AccessLog("plain", sink.put)
+    http2 = LocalSettings(max_frame_sent=settings["frame"])
+    worker = Worker(loop, view, certificates, access_log, DEFAULT_TRUST_DOMAIN, http2)
+    async with trio.open_nursery() as nursery:
+        pods = Pods(worker, nursery)
+        view.on_change = pods.mesh_changed
+        for task in (sink.run, worker.run_deadlines, certificates.run):
+            nursery.start_soon(task)
+        for pod in settings["pods"]:
+            await _serve(pods, pod)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+
+
+async def _serve(pods: Pods, pod: dict[str, Any]) -> None:
+    name = pod["name"]
+    pods.describe(name, PodDetails(pod["backend"], tuple(pod["addresses"])))
+    netns = Netns.open(f"fd:{pod['fd']}")
+    await pods.add(PodRef(name, name, pod["namespace"], name), netns)
+
+
+def _report(error: BaseException, owner: object) -> None:
+    sys.stderr.write(f"internal error of {owner!r}: {error!r}\n")
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    log = os.open(settings["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sink = LineSink(log)
+    configure("plain", "info", sink.put)
+    loop = Loop(_report)
+    with contextlib.suppress(KeyboardInterrupt):
+        loop.run(_main, settings, loop, sink)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A benchmark runs apart from the machine: namespaces and a cgroup2 sub-tree of its own.
+
+Two processes. The outer one makes the sub-tree and starts the inner one in network, mount and
+process namespaces of its own; whatever happens in there, it removes the sub-tree at the end. No
+rule, route, pin or process of a benchmark outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pyambient.errors import NeedsRoot, PyambientError
+from pyambient.intercept.mounts import find_cgroup2_root
+
+# The first words end the rest if this process is killed.
+_WALLS = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+)
+_INSIDE = "--inside"
+_PATIENCE = 5.0
+
+
+def run_apart(module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments --inside CGROUP` behind the walls; its exit code."""
+    if os.geteuid() != 0:
+        raise NeedsRoot("the benchmark")
+    with _subtree() as cgroup:
+        command = [sys.executable, "-m", module, *arguments, _INSIDE, str(cgroup)]
+        return subprocess.run([*_WALLS, *command], check=False).returncode
+
+
+def settle_inside() -> None:
+    """What the inner process does first: a /run and a bpffs that nobody else sees."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+    if Path("/sys/fs/bpf").is_dir():
+        subprocess.run(["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"], check=True)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+@contextlib.contextmanager
+def _subtree() -> Iterator[Path]:
+    root = find_cgroup2_root()
+    if root is None:
+        raise PyambientError("cgroup2 is not mounted", "run 'mount -t cgroup2 none DIR'")
+    top = root / f"pyambient-bench-{os.getpid()}"
+    top.mkdir()
+    try:
+        yield top
+    finally:
+        _remove(top)
+
+
+def _remove(top: Path) -> None:
+    """Remove the sub-tree, leaves first; its processes ended with their process namespace."""
+    deadline = time.monotonic() + _PATIENCE
+    folders = sorted((Path(path) for path, _, _ in os.walk(top)), reverse=True)
+    while folders:
+        try:
+            folders[0].rmdir()
+            folders.pop(0)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise PyambientError(
+                    f"{folders[0]} cannot be removed", "see its cgroup.procs"
+                ) from None
+            time.sleep(0.02)
