@@ -3,36 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from pyambient.errors import UsageError
 
+from .selection import EVERYTHING, Selection
+
+# A name that the kernel takes (15 characters), and that no list or rule reads in another way.
+_DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
+_MOST_DEVICES: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureOptions:
     """The choices of one pod, each with what holds if nothing is said.
 
-    `dns`: what its apps ask on port 53 goes to the proxy.
+    `dns`: what its apps ask on port 53 goes to the proxy. `outbound` and `inbound`: which of its
+    TCP connections are captured. `bypass_inbound`: none that comes in is, HBONE apart (Istio's
+    annotation ambient.istio.io/bypass-inbound-capture). `virtual_interfaces`: devices, with commas
+    between them, whose traffic is that of others behind the pod, and captured as outbound (Istio's
+    istio.io/reroute-virtual-interfaces).
     """
 
     dns: bool = True
+    outbound: Selection = EVERYTHING
+    inbound: Selection = EVERYTHING
+    bypass_inbound: bool = False
+    virtual_interfaces: str = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The virtual interfaces, each by its name."""
+        return tuple(filter(None, self.virtual_interfaces.split(",")))
 
     def to_json(self) -> dict[str, Any]:
         """The choices as JSON values."""
-        return dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {n: v.to_json() if isinstance(v, Selection) else v for n, v in values.items()}
+
+    def changed(self, fields: Mapping[str, Any]) -> Self:
+        """These choices, some of them replaced by JSON values; UsageError names what is none.
+
+        Of a selection just the lists that are named are replaced.
+        """
+        known = {field.name: type(field.default) for field in dataclasses.fields(self)}
+        values: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name not in known:
+                raise UsageError(f"{name!r} is no choice of an enrolment", "upgrade pyambient")
+            if known[name] is Selection and isinstance(value, dict):
+                values[name] = Selection.from_json({**getattr(self, name).to_json(), **value})
+            elif type(value) is known[name]:
+                values[name] = value
+            else:
+                raise UsageError(f"{name} cannot be {value!r}")
+        made = dataclasses.replace(self, **values)
+        _refuse_odd_devices(made.devices)
+        return made
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The choices in a request or a record; UsageError names what is none."""
-        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-        for name, value in fields.items():
-            if name not in known:
-                raise UsageError(f"{name!r} is no choice of an enrolment", "upgrade pyambient")
-            if type(value) is not known[name]:
-                raise UsageError(f"{name} cannot be {value!r}")
-        return cls(**fields)
+        return cls().changed(fields)
+
+
+def _refuse_odd_devices(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name == "lo" or not _DEVICE.fullmatch(name):
+            raise UsageError(f"{name!r} is no virtual interface", "give names of 'ip link'")
+    if len(names) > _MOST_DEVICES:
+        raise UsageError(f"{len(names)} interfaces are too many", f"give at most {_MOST_DEVICES}")
 
 
 DEFAULTS: Final = CaptureOptions()
