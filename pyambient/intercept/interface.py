@@ -136,6 +136,17 @@ class Restoring(Protocol):
         """The step with what `undo` needs, before anything is changed: to be recorded first."""
 
 
+@runtime_checkable
+class Replacing(Protocol):
+    """A step that can be applied over an earlier one, so that there is no moment without.
+
+    When its `apply` raises, the earlier one is still in place.
+    """
+
+    def takes_over(self, earlier: Step) -> bool:
+        """Whether `earlier`, which is in place, is ended by applying this one."""
+
+
 _kinds: dict[str, type[Any]] = {}
 
 

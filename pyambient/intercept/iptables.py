@@ -6,10 +6,9 @@ The rules are those of `netfilter`, in Istio's chains. The tables of iptables-nf
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from pyambient.errors import PyambientError
@@ -19,9 +18,10 @@ from . import netfilter, nf_tables
 from .fib import delivery
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .iptables_tools import choose_variant, tool
-from .netfilter import Action, Field, Match, Place, Rule
+from .netfilter import FOUNDATION, Action, Field, Match, Place, Rule
 from .options import DEFAULTS, CaptureOptions
 from .programs import run
+from .selection import PortRange
 from .sysctl import ReservedPorts
 
 _INBOUND, _OUTBOUND, _LEAVING = "ISTIO_PRERT", "ISTIO_OUTPUT", "ISTIO_POSTRT"
@@ -34,6 +34,7 @@ _PLACES = {
     Place.OUTBOUND: _OUTBOUND,
 }
 _OPTIONS = {
+    Field.INPUT_DEVICE: "-i",
     Field.SOURCE: "-s",
     Field.DESTINATION: "-d",
     Field.OUTPUT_DEVICE: "-o",
@@ -43,9 +44,11 @@ _OPTIONS = {
     Field.CONNECTION_MARK: "--mark",
 }
 _MODULES = {Field.MARK: "-m mark ", Field.CONNECTION_MARK: "-m connmark "}
+_MOST_RANGES = 7  # multiport has 15 places, and a range takes two
 _TARGETS = {
     Action.ACCEPT: "ACCEPT",
     Action.DROP: "DROP",
+    Action.RETURN: "RETURN",
     Action.REDIRECT: "REDIRECT --to-ports",
     Action.NOTE_ON_CONNECTION: f"CONNMARK --set-xmark {LOOPBACK_MARK:#x}/{MARK_MASK:#x}",
     Action.MARK_AS_CONNECTION: "CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
@@ -76,16 +79,22 @@ class _Chains:
         try:
             self._restore(pod, self._transaction())
         except PyambientError:
-            if self.missing(pod) is not None:
-                self._repair(pod)
+            self._make_whole(pod)
         return self
 
-    def _repair(self, pod: Pod) -> None:
-        """Make what is left of the chains whole, in one transaction: no packet slips past."""
+    def takes_over(self, earlier: Step) -> bool:
+        """Applying this one is enough to end other rules in the same chains."""
+        place = (type(self), self.ipv6, self.variant)
+        return isinstance(earlier, _Chains) and place == (
+            (type(earlier), earlier.ipv6, earlier.variant)
+        )
+
+    def _make_whole(self, pod: Pod) -> None:
+        """Have our rules in the chains, whatever was, in one transaction: no packet slips past."""
         made_or_emptied = [f":{chain} - [0:0]" for chain in self.chains]
-        jumps = [f"-D{line[2:]}" for line in self._saved(pod) if _jumps_to(line, self.chains)]
-        lines = [*made_or_emptied, *jumps, *self._jumps(), *self.rules]
-        self._restore(pod, self._document(lines))
+        found = [line for line in self._saved(pod) if _jumps_to(line, self.chains)]
+        jumps = [] if found == self._jumps() else [*(f"-D{j[2:]}" for j in found), *self._jumps()]
+        self._restore(pod, self._document([*made_or_emptied, *jumps, *self.rules]))
 
     def undo(self, pod: Pod) -> None:
         """Delete the chains and whatever jumps to them, as far as they are there."""
@@ -190,7 +199,7 @@ class NftTables:
         names = set(nf_tables.tables(pod.netns, self._family))
         chains = nf_tables.chains(pod.netns, self._family)
         names.update(f"{chain.table}/{chain.name}" for chain in chains)
-        return dataclasses.replace(self, before=tuple(sorted(names)))
+        return replace(self, before=tuple(sorted(names)))
 
     def apply(self, pod: Pod) -> Self:
         """Change nothing: the steps that follow make the tables."""
@@ -227,31 +236,50 @@ class Iptables:
         self,
         pod: Pod,
         network: PodNetwork,
-        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+        options: CaptureOptions = DEFAULTS,
     ) -> Plan:
         variant = choose_variant(pod.netns) if self.variant is None else self.variant
         steps: list[Step] = [ReservedPorts(), *delivery(network, connects=False)]
         for ipv6 in (False, True) if network.has_ipv6 else (False,):
             if variant == "nft":
                 steps.append(NftTables(ipv6))
-            steps += [
-                Foundation(ipv6, variant, _lines(*netfilter.FOUNDATION, ipv6=ipv6)),
-                InboundRedirect(ipv6, variant, _lines(Place.INBOUND, ipv6=ipv6)),
-                OutboundRedirect(ipv6, variant, _lines(Place.OUTBOUND, ipv6=ipv6)),
-            ]
+            inbound = _lines(options, Place.INBOUND, ipv6=ipv6)
+            outbound = _lines(options, Place.OUTBOUND, ipv6=ipv6)
+            steps.append(Foundation(ipv6, variant, _lines(options, *FOUNDATION, ipv6=ipv6)))
+            steps += [InboundRedirect(ipv6, variant, inbound)] if inbound else []
+            steps.append(OutboundRedirect(ipv6, variant, outbound))
         return Plan(self.name, network, tuple(sorted(steps, key=lambda s: s.stage)))
 
     def __repr__(self) -> str:
         return f"<Iptables {self.variant or 'of the pod'}>"
 
 
-def _lines(*places: Place, ipv6: bool) -> tuple[str, ...]:
+def _lines(options: CaptureOptions, *places: Place, ipv6: bool) -> tuple[str, ...]:
     """The rules of these places in the words of iptables."""
     return tuple(
-        f"-A {_PLACES[place]} {_words(rule)}"
+        f"-A {_PLACES[place]} {_words(single)}"
         for place in places
-        for rule in netfilter.rules(place, ipv6=ipv6)
+        for rule in netfilter.rules(place, options, ipv6=ipv6)
+        for single in _singles(rule)
     )
+
+
+def _singles(rule: Rule) -> Iterator[Rule]:
+    """The rule once for each of the values that a condition may have: iptables knows no sets."""
+    for at, match in enumerate(rule.matches):
+        if isinstance(match.value, tuple):
+            for value in _values(match.value):
+                single = (*rule.matches[:at], replace(match, value=value), *rule.matches[at + 1 :])
+                yield from _singles(replace(rule, matches=single))
+            return
+    yield rule
+
+
+def _values(several: tuple[str, ...] | tuple[PortRange, ...]) -> Iterator[str]:
+    """CIDRs one by one; ports by as many ranges as the match multiport takes."""
+    for chunk in (several[at : at + _MOST_RANGES] for at in range(0, len(several), _MOST_RANGES)):
+        ports = [str(p).replace("-", ":") for p in chunk if isinstance(p, PortRange)]
+        yield from [",".join(ports)] if ports else map(str, chunk)
 
 
 def _words(rule: Rule) -> str:
@@ -262,6 +290,8 @@ def _words(rule: Rule) -> str:
 def _condition(match: Match) -> str:
     if match.field is Field.TCP_OPENING:
         return "--syn"
+    if match.field is Field.DESTINATION_PORT and isinstance(match.value, str):
+        return f"-m multiport --dports {match.value}"
     masked = match.field in _MODULES
     value = f"{match.value:#x}/{MARK_MASK:#x}" if masked else match.value
     negation = "! " * match.negated

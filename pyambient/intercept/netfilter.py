@@ -16,6 +16,10 @@ keeps live connections working. Connections that were redirected survive that, t
 consults nat rules for a connection's first packet only. What must stay are the base chains:
 without any in the namespace, the kernel stops translating.
 
+What the pod's selection excludes is not redirected, and that is all it takes: a connection keeps
+what was decided on its first packet. The traffic of virtual interfaces is redirected where it
+comes in, TCP alone, as Istio does it.
+
 A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
 127.0.0.1 by that device. One that is bound once it is connected would send there what was meant
 for the proxy, in plain text; what is for localhost is dropped where it would leave by a device.
@@ -24,6 +28,7 @@ for the proxy, in plain text; what is for localhost is dropped where it would le
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -37,10 +42,14 @@ from pyambient.model.numbers import (
     PROXY_MARK,
 )
 
+from .options import CaptureOptions
+from .selection import Cidr, PortRange, Selection
+
 
 class Field(enum.Enum):
     """What a rule looks at; marks are compared under MARK_MASK."""
 
+    INPUT_DEVICE = enum.auto()
     SOURCE = enum.auto()
     DESTINATION = enum.auto()
     OUTPUT_DEVICE = enum.auto()
@@ -52,10 +61,14 @@ class Field(enum.Enum):
 
 
 class Action(enum.Enum):
-    """What a rule does; REDIRECT goes to the rule's port."""
+    """What a rule does; REDIRECT goes to the rule's port.
+
+    RETURN leaves the connection to the rules of others, as if ours were not there.
+    """
 
     ACCEPT = enum.auto()
     DROP = enum.auto()
+    RETURN = enum.auto()
     REDIRECT = enum.auto()
     NOTE_ON_CONNECTION = enum.auto()
     MARK_AS_CONNECTION = enum.auto()
@@ -77,10 +90,13 @@ FOUNDATION: Final = (Place.REPLIES_IN, Place.REPLIES_OUT, Place.LEAVING)
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One condition: the field has this value (of TCP_OPENING it is no matter), or has not."""
+    """One condition: the field has this value (of TCP_OPENING it is no matter), or has not.
+
+    A tuple is several values: CIDRs or ranges of ports, of which the field has one.
+    """
 
     field: Field
-    value: str | int = ""
+    value: str | int | tuple[str, ...] | tuple[PortRange, ...] = ""
     negated: bool = False
 
 
@@ -104,7 +120,7 @@ _BY_LO: Final = Match(Field.OUTPUT_DEVICE, "lo")
 _BY_A_DEVICE: Final = Match(Field.OUTPUT_DEVICE, "lo", negated=True)
 
 
-def rules(place: Place, *, ipv6: bool) -> tuple[Rule, ...]:
+def rules(place: Place, options: CaptureOptions, *, ipv6: bool) -> tuple[Rule, ...]:
     """All rules of one place for one family, in their order."""
     match place:
         case Place.REPLIES_IN:
@@ -116,31 +132,77 @@ def rules(place: Place, *, ipv6: bool) -> tuple[Rule, ...]:
             redirected = (_to_localhost(ipv6=ipv6), _BY_A_DEVICE, _TCP)
             return (Rule("a captured connection by a device", redirected, Action.DROP),)
         case Place.INBOUND:
-            return _inbound(ipv6=ipv6)
+            captured = () if options.bypass_inbound else _inbound(options.inbound, ipv6=ipv6)
+            return (*_from_virtual_interfaces(options.devices), *captured)
         case Place.OUTBOUND:
-            return _outbound(ipv6=ipv6)
+            return _outbound(options.outbound, ipv6=ipv6)
 
 
-def _inbound(*, ipv6: bool) -> tuple[Rule, ...]:
+def _inbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
     not_hbone = Match(Field.DESTINATION_PORT, HBONE_PORT, negated=True)
     new = (_not_to_localhost(ipv6=ipv6), _TCP, _OPENING, not_hbone, _NOT_OF_PROXY)
     probe = Match(Field.SOURCE, _probe_address(ipv6=ipv6))
     return (
         Rule("a health probe of the node", (probe, _TCP), Action.ACCEPT),
-        Rule("inbound to the proxy", new, Action.REDIRECT, INBOUND_PORT),
+        *_excluded(selection, Field.SOURCE, ipv6=ipv6),
+        *(
+            Rule("inbound to the proxy", (*included, *new), Action.REDIRECT, INBOUND_PORT)
+            for included in _included(selection, Field.SOURCE, ipv6=ipv6)
+        ),
     )
 
 
-def _outbound(*, ipv6: bool) -> tuple[Rule, ...]:
+def _outbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
     beyond = _not_to_localhost(ipv6=ipv6)
     probe = Match(Field.DESTINATION, _probe_address(ipv6=ipv6))
-    new = (beyond, _TCP, _OPENING, _NOT_OF_PROXY)
+    new: tuple[Match, ...] = (_TCP, _OPENING, _NOT_OF_PROXY)
+    # A rule of iptables has one destination.
+    localhost: list[Rule] = []
+    if selection.include_cidrs:
+        to_localhost = (_to_localhost(ipv6=ipv6), _TCP)
+        localhost.append(Rule("localhost", to_localhost, Action.RETURN))
+    else:
+        new = (beyond, *new)
     return (
         Rule("an answer to a health probe", (probe, _TCP), Action.ACCEPT),
         Rule("an answer to the proxy", (_TCP, _TO_PROXY), Action.ACCEPT),
         Rule("the pod to itself", (beyond, _BY_LO), Action.ACCEPT),
-        Rule("outbound to the proxy", new, Action.REDIRECT, OUTBOUND_PORT),
+        *localhost,
+        *_excluded(selection, Field.DESTINATION, ipv6=ipv6),
+        *(
+            Rule("outbound to the proxy", (*included, *new), Action.REDIRECT, OUTBOUND_PORT)
+            for included in _included(selection, Field.DESTINATION, ipv6=ipv6)
+        ),
     )
+
+
+def _from_virtual_interfaces(devices: tuple[str, ...]) -> Iterator[Rule]:
+    """What comes in there is outbound traffic of others, a virtual machine's for example."""
+    for device in devices:
+        by_it = (Match(Field.INPUT_DEVICE, device), _TCP)
+        why = f"outbound by {device}"
+        yield Rule(f"{why} to the proxy", (*by_it, _OPENING), Action.REDIRECT, OUTBOUND_PORT)
+        yield Rule(f"the rest of what is {why}", by_it, Action.RETURN)
+
+
+def _excluded(selection: Selection, address: Field, *, ipv6: bool) -> Iterator[Rule]:
+    if ports := selection.excluded_ports():
+        by_port = (_TCP, Match(Field.DESTINATION_PORT, ports))
+        yield Rule("an excluded port", by_port, Action.RETURN)
+    if cidrs := _of_family(selection.exclude_cidrs, ipv6=ipv6):
+        yield Rule("an excluded CIDR", (Match(address, cidrs), _TCP), Action.RETURN)
+
+
+def _included(selection: Selection, address: Field, *, ipv6: bool) -> tuple[tuple[Match, ...], ...]:
+    """The condition of what is captured: no rule has it where this family is left out."""
+    if not selection.include_cidrs:
+        return ((),)
+    cidrs = _of_family(selection.include_cidrs, ipv6=ipv6)
+    return ((Match(address, cidrs),),) if cidrs else ()
+
+
+def _of_family(cidrs: Iterable[Cidr], *, ipv6: bool) -> tuple[str, ...]:
+    return tuple(str(cidr) for cidr in cidrs if (cidr.version == 6) is ipv6)
 
 
 def _to_localhost(*, ipv6: bool) -> Match:

@@ -14,6 +14,8 @@ from typing import Any, Final
 from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
 
 from .netfilter import Action, Field, Match, Place, Rule, rules
+from .options import CaptureOptions
+from .selection import PortRange
 
 TABLE: Final = "pyambient"
 
@@ -31,6 +33,7 @@ _BITS_OF_OTHERS: Final = 0xFFFFFFFF & ~MARK_MASK
 
 _ADDRESSES: Final = {Field.SOURCE: "saddr", Field.DESTINATION: "daddr"}
 _LEFT: Final = {
+    Field.INPUT_DEVICE: {"meta": {"key": "iifname"}},
     Field.OUTPUT_DEVICE: {"meta": {"key": "oifname"}},
     Field.PROTOCOL: {"meta": {"key": "l4proto"}},
     Field.TCP_OPENING: {"&": [_TCP_FLAGS, _OPENING_OR_NOT]},
@@ -40,7 +43,7 @@ _LEFT: Final = {
 }
 
 
-def encode(family: str, place: Place) -> tuple[str, ...]:
+def encode(family: str, place: Place, options: CaptureOptions) -> tuple[str, ...]:
     """The rules of a place, for its chain in our table of the family, "ip" or "ip6".
 
     Each is one JSON object.
@@ -48,7 +51,7 @@ def encode(family: str, place: Place) -> tuple[str, ...]:
     where = {"family": family, "table": TABLE, "chain": place.value}
     return tuple(
         json.dumps({**where, "comment": rule.why, "expr": _parts(family, rule)})
-        for rule in rules(place, ipv6=family == "ip6")
+        for rule in rules(place, options, ipv6=family == "ip6")
     )
 
 
@@ -62,8 +65,20 @@ def _match(family: str, match: Match) -> dict[str, Any]:
         left = {"payload": {"protocol": family, "field": _ADDRESSES[match.field]}}
     else:
         left = _LEFT[match.field]
-    right = "syn" if match.field is Field.TCP_OPENING else match.value
+    right = "syn" if match.field is Field.TCP_OPENING else _right(match.value)
     return {"match": {"op": "!=" if match.negated else "==", "left": left, "right": right}}
+
+
+def _right(value: Any) -> Any:
+    """A value, or several as the set of this one rule: it comes and goes with the rule."""
+    return {"set": list(map(_element, value))} if isinstance(value, tuple) else value
+
+
+def _element(value: str | PortRange) -> Any:
+    if isinstance(value, PortRange):
+        return value.first if value.first == value.last else {"range": list(value)}
+    address, _, bits = value.partition("/")
+    return {"prefix": {"addr": address, "len": int(bits)}}
 
 
 def _statement(rule: Rule) -> dict[str, Any]:
@@ -72,6 +87,8 @@ def _statement(rule: Rule) -> dict[str, Any]:
             return {"accept": None}
         case Action.DROP:
             return {"drop": None}
+        case Action.RETURN:
+            return {"return": None}
         case Action.REDIRECT:
             return {"redirect": {"port": rule.port}}
         case Action.NOTE_ON_CONNECTION:
@@ -114,7 +131,18 @@ def _comparison(op: str, left: dict[str, Any], right: Any) -> str:
     """Masked values are in hexadecimal, as their masks are; == goes without saying elsewhere."""
     if "&" in left:
         return f"{_expression(left)} {op} {_expression(right)}"
-    return f"{_expression(left)} {right}" if op == "==" else f"{_expression(left)} {op} {right}"
+    value = _expression(right) if isinstance(right, dict) else right
+    return f"{_expression(left)} {value}" if op == "==" else f"{_expression(left)} {op} {value}"
+
+
+def _value(element: Any) -> str:
+    """An element of a set."""
+    match element:
+        case {"prefix": {"addr": address, "len": bits}}:
+            return f"{address}/{bits}"
+        case {"range": [first, last]}:
+            return f"{first}-{last}"
+    return str(element)
 
 
 def _expression(expression: Any) -> str:
@@ -123,6 +151,8 @@ def _expression(expression: Any) -> str:
     ((kind, inner),) = expression.items()
     if kind == "payload":
         return f"{inner['protocol']} {inner['field']}"
+    if kind == "set":
+        return f"{{ {', '.join(map(_value, inner))} }}"
     if kind in ("meta", "ct"):
         return f"{kind} {inner['key']}"
     left, right = map(_expression, inner)

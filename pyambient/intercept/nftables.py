@@ -59,7 +59,7 @@ class _Rules:
     rules: tuple[str, ...]
 
     def describe(self) -> str:
-        names = " ".join(dict.fromkeys(chain for _, chain in self._contents()))
+        names = " ".join(dict.fromkeys(chain for _, chain in self.contents()))
         lines = "".join(f"{text(command)}\n" for command in self.commands())
         return f"nft -f - <<END  # {TABLE} {names}\n{lines}END"
 
@@ -68,13 +68,19 @@ class _Rules:
         run(pod.netns, "nft", "-j", "-f", "-", text=document)
         return self
 
+    def takes_over(self, earlier: Step) -> bool:
+        """Applying this one is enough to end other rules in the same chains."""
+        if not isinstance(earlier, _Rules) or earlier.kind != self.kind:
+            return False
+        return earlier.contents().keys() == self.contents().keys()
+
     def undo(self, pod: Pod) -> None:
         """Empty the chains; the tables stay to the end."""
-        nf_tables.flush(pod.netns, [_chain(family, name) for family, name in self._contents()])
+        nf_tables.flush(pod.netns, [_chain(family, name) for family, name in self.contents()])
 
     def missing(self, pod: Pod) -> str | None:
         found = {f: nf_tables.comments(pod.netns, _FAMILIES[f], TABLE) for f in self._families()}
-        for (family, chain), wanted in self._contents().items():
+        for (family, chain), wanted in self.contents().items():
             present = found[family].get(chain, [])
             lost = [comment for comment in wanted if comment not in present]
             if lost:
@@ -86,11 +92,11 @@ class _Rules:
     def commands(self) -> list[dict[str, Any]]:
         """The transaction: whatever was in the chains, our rules are in them afterwards."""
         return [
-            *(_command("flush", family, name) for family, name in self._contents()),
+            *(_command("flush", family, name) for family, name in self.contents()),
             *({"add": {"rule": json.loads(rule)}} for rule in self.rules),
         ]
 
-    def _contents(self) -> dict[tuple[str, str], list[str]]:
+    def contents(self) -> dict[tuple[str, str], list[str]]:
         """The comments of the rules of each chain, by the names of its family and its own."""
         contents: dict[tuple[str, str], list[str]] = {}
         for rule in map(json.loads, self.rules):
@@ -98,7 +104,7 @@ class _Rules:
         return contents
 
     def _families(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(family for family, _ in self._contents()))
+        return tuple(dict.fromkeys(family for family, _ in self.contents()))
 
 
 def _command(verb: str, family: str, chain: str, **definition: Any) -> dict[str, Any]:
@@ -167,17 +173,18 @@ class Nftables:
         self,
         pod: Pod,  # noqa: ARG002 - the same for every pod
         network: PodNetwork,
-        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+        options: CaptureOptions = DEFAULTS,
     ) -> Plan:
         if not installed("nft"):
             raise not_installed("nft")
         families = ("ip", "ip6") if network.has_ipv6 else ("ip",)
+        inbound = _encode(options, families, Place.INBOUND)
         steps: tuple[Step, ...] = (
             ReservedPorts(),
             *delivery(network, connects=False),
-            Tables(_encode(families, *FOUNDATION)),
-            Inbound(_encode(families, Place.INBOUND)),
-            Outbound(_encode(families, Place.OUTBOUND)),
+            Tables(_encode(options, families, *FOUNDATION)),
+            *([Inbound(inbound)] if inbound else []),
+            Outbound(_encode(options, families, Place.OUTBOUND)),
         )
         return Plan(self.name, network, steps)
 
@@ -185,5 +192,7 @@ class Nftables:
         return "<Nftables>"
 
 
-def _encode(families: Iterable[str], *places: Place) -> tuple[str, ...]:
-    return tuple(rule for family in families for place in places for rule in encode(family, place))
+def _encode(options: CaptureOptions, families: Iterable[str], *places: Place) -> tuple[str, ...]:
+    return tuple(
+        rule for family in families for place in places for rule in encode(family, place, options)
+    )

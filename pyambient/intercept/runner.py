@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from pyambient.errors import PyambientError
 
-from .interface import Plan, Pod, Stage, Step
+from .interface import Plan, Pod, Replacing, Stage, Step
 from .rtnetlink import session
 
 ALL_STAGES = frozenset(Stage)
@@ -60,18 +60,29 @@ def undo_stages(pod: Pod, recorded: Iterable[Step], stages: Collection[Stage] = 
 def refresh(pod: Pod, recorded: Iterable[Step], plan: Plan) -> tuple[Step, ...]:
     """Turn what is recorded into the plan: undo what has left it, apply what is added to it.
 
-    Returns the steps to be recorded, in the plan's order; StepFailed carries them, too.
+    What takes another step's place goes there at one moment, last. Returns the steps to be
+    recorded, in the plan's order; StepFailed carries them, too.
     """
     before = tuple(recorded)
-    kept = [step for step in before if step in plan.steps]
+    left = [step for step in before if step not in plan.steps]
+    replaced = {old: new for old in left for new in plan.steps if _takes_over(new, old)}
+    present = [step for step in before if step in plan.steps or step in replaced]
+    added = [s for s in plan.steps if s not in before and s not in replaced.values()]
     try:
-        undo_stages(pod, [step for step in before if step not in plan.steps])
-        added = apply_stages(pod, [step for step in plan.steps if step not in before])
+        undo_stages(pod, [step for step in left if step not in replaced])
+        present += apply_stages(pod, added)
+        for old, new in replaced.items():
+            applied = apply_stages(pod, (new,))
+            present = [*(step for step in present if step not in (old, new)), *applied]
     except StepFailed as error:
-        error.steps = (*kept, *error.steps)
+        error.steps = (*present, *error.steps)
         raise
-    present = {step: step for step in (*kept, *added)}
-    return tuple(present[step] for step in plan.steps)
+    known = {step: step for step in present}
+    return tuple(known[step] for step in plan.steps)
+
+
+def _takes_over(step: Step, earlier: Step) -> bool:
+    return isinstance(step, Replacing) and step.takes_over(earlier)
 
 
 def verify(pod: Pod, steps: Iterable[Step]) -> list[str]:
