@@ -50,8 +50,13 @@ enum { maps_before = __COUNTER__ };
 	DEFINE_TABLE(name, "sockhash", key_type, __u64, entries, 0)
 #define DEFINE_PERCPU_ARRAY(name, value_type, entries) \
 	DEFINE_TABLE(name, "percpu_array", int, value_type, entries, 0)
-#define DEFINE_SK_STORAGE(name, value_type) \
-	DEFINE_TABLE(name, "sk_storage", int, value_type, 0, BPF_F_NO_PREALLOC | BPF_F_CLONE)
+#define DEFINE_SK_STORAGE(name, value_type, clone) \
+	DEFINE_TABLE(name, "sk_storage", int, value_type, 0, BPF_F_NO_PREALLOC | (clone))
+#define DEFINE_HASH_OF_TRIES(name, key_type, entries, inner_key, inner_value, inner_entries) \
+	DEFINE_TABLE(name##_inner, "lpm_trie", inner_key, inner_value, inner_entries,	\
+		     BPF_F_NO_PREALLOC);						\
+	DEFINE_TABLE(name, "hash_of_maps$" #name "_inner", key_type, int, entries,	\
+		     BPF_F_NO_PREALLOC)
 
 #define constant(name) PYAMBIENT_##name
 #define DEFINE_CONSTANTS
@@ -92,12 +97,32 @@ enum { maps_before = __COUNTER__ };
 		__type(value, value_type);			\
 	} name SEC(".maps")
 
-#define DEFINE_SK_STORAGE(name, value_type)				\
+#define DEFINE_SK_STORAGE(name, value_type, clone)			\
 	struct {							\
 		__uint(type, BPF_MAP_TYPE_SK_STORAGE);			\
-		__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);	\
+		__uint(map_flags, BPF_F_NO_PREALLOC | (clone));		\
 		__type(key, int);					\
 		__type(value, value_type);				\
+	} name SEC(".maps")
+
+/*
+ * The tries are made by user space, one for each key; all are of this shape.
+ * Sizes, not types: clang leaves out what is behind a second pointer.
+ */
+#define DEFINE_HASH_OF_TRIES(name, key_type, entries, inner_key, inner_value, inner_entries) \
+	struct name##_inner {						\
+		__uint(type, BPF_MAP_TYPE_LPM_TRIE);			\
+		__uint(map_flags, BPF_F_NO_PREALLOC);			\
+		__uint(max_entries, inner_entries);			\
+		__uint(key_size, sizeof(inner_key));			\
+		__uint(value_size, sizeof(inner_value));		\
+	};								\
+	struct {							\
+		__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);		\
+		__uint(map_flags, BPF_F_NO_PREALLOC);			\
+		__uint(max_entries, entries);				\
+		__type(key, key_type);					\
+		__array(values, struct name##_inner);			\
 	} name SEC(".maps")
 
 #define MAP(name) ((void *)&(name))

@@ -13,6 +13,7 @@
  * takes every destination for on-link when a device-bound lookup fails.
  */
 #include "maps.h"
+#include "selection.h"
 
 #define SOL_SOCKET	1
 #define SO_BINDTODEVICE	25
@@ -85,17 +86,35 @@ static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
-/* It stays inside the pod. A socket may connect twice: nothing of the first time must stay. */
-static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+/* A socket may connect twice: nothing of the first time must stay. */
+static __always_inline int without_mark(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
 {
-	__u8 *captured = storage_get(captured_socks, sk, 0);
 	__u32 mark = load(&sk->mark);
 
-	if (captured)
-		*captured = 0;
 	if ((mark & MARK_MASK) != LOOPBACK_MARK)
 		return ALLOW;
 	return set_mark(ctx, mark & ~MARK_MASK);
+}
+
+/* It stays inside the pod. */
+static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+{
+	__u8 *decided = storage_get(captured_socks, sk, 0);
+
+	if (decided)
+		*decided = 0;
+	return without_mark(ctx, sk);
+}
+
+/* It goes its own way, and goes on if the pod's selection is another one later. */
+static __always_inline int from_app_directly(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+{
+	__u8 *decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!decided)
+		return DENY;
+	*decided = EXCLUDED;
+	return without_mark(ctx, sk);
 }
 
 static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
@@ -103,16 +122,16 @@ static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct b
 {
 	__u64 netns = to->netns;
 	__u32 family = is_mapped_ipv4(to->ip) ? AF_INET : AF_INET6;
-	__u8 *captured;
+	__u8 *decided;
 
 	if (!has_route(sk, netns, family))
 		return refuse(ENETUNREACH);
 	if (!has_listener(netns))
 		return refuse(ECONNREFUSED);
-	captured = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!captured)
+	decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!decided)
 		return DENY;
-	*captured = 1;	/* for the guard: the mark is the app's to change */
+	*decided = CAPTURED;	/* for the guard: the mark is the app's to change */
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
@@ -131,13 +150,16 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address
 		return ALLOW;
 	if (is_own || is_loopback(to->ip))
 		return from_app_to_pod(ctx, sk);
+	if (is_excluded(to->netns, OUTBOUND, to->ip, bpf_ntohs(ctx->user_port)))
+		return from_app_directly(ctx, sk);
 	return from_app_outwards(ctx, sk, to);
 }
 
 /*
  * Hook: cgroup/connect4 on --cgroup. Linux 5.9 (5.18 for the errno).
  * Returns ALLOW outside enrolled pods, for other protocols, for the proxy, and
- * for an app once its socket has the right mark. DENY where the pod has no live
+ * for an app once its socket has the right mark (for what the pod's selection
+ * excludes: none). DENY where the pod has no live
  * outbound listener (ECONNREFUSED), or the device of a bound socket no route for
  * captures (ENETUNREACH); before 5.18 both are EPERM. Multipath TCP comes here
  * as well: its first subflow is a TCP socket.

@@ -22,15 +22,15 @@ SEC("tc")
 int pyamb_guard(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
-	__u8 *captured;
+	__u8 *decided;
 
 	if (!sk)
 		return TC_ACT_UNSPEC;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
 		return TC_ACT_UNSPEC;
-	captured = storage_get(captured_socks, sk, 0);
-	return captured && *captured ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	decided = storage_get(captured_socks, sk, 0);
+	return decided && *decided == CAPTURED ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 DEFINE_LICENSE;

@@ -11,6 +11,7 @@
  * 5.17, where it cannot be read, a program on lo leaves a note (note.bpf.c).
  */
 #include "maps.h"
+#include "selection.h"
 
 #define LOOPBACK_IFINDEX 1
 #define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
@@ -61,9 +62,14 @@ static __always_inline int is_noted(const struct connection *syn)
 	return 1;
 }
 
-static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx)
+/* HBONE is the mesh's own way in, whatever the pod's selection says. */
+static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *remote)
 {
-	return steer_to(ctx, ctx->local_port == HBONE_PORT ? HBONE_PORT : INBOUND_PORT);
+	if (ctx->local_port == HBONE_PORT)
+		return steer_to(ctx, HBONE_PORT);
+	if (is_excluded(constant(netns), INBOUND, remote, ctx->local_port))
+		return SK_PASS;
+	return steer_to(ctx, INBOUND_PORT);
 }
 
 /*
@@ -86,7 +92,7 @@ static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u3
 	by_lo = is_noted(&syn);
 	if (is_upstream != by_lo)
 		return SK_DROP;
-	return by_lo ? SK_PASS : inbound_from_outside(ctx);
+	return by_lo ? SK_PASS : inbound_from_outside(ctx, remote);
 }
 
 /* To an address of this pod, and neither from one of its own nor from loopback. */
@@ -95,7 +101,9 @@ static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct addre
 {
 	if (!constant(has_ingress_ifindex))
 		return inbound_by_note(ctx, local->ip, remote->ip);
-	return ctx->ingress_ifindex == LOOPBACK_IFINDEX ? SK_PASS : inbound_from_outside(ctx);
+	if (ctx->ingress_ifindex == LOOPBACK_IFINDEX)
+		return SK_PASS;
+	return inbound_from_outside(ctx, remote->ip);
 }
 
 /*
@@ -116,7 +124,7 @@ static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct addr
  * with the help of note.bpf.c).
  * Returns SK_PASS with a listener assigned for what is captured, SK_PASS alone
  * for what stays as it is (other protocols, loopback, the pod to itself, proxy
- * to app), SK_DROP where the listener is missing: fail closed.
+ * to app, what the pod's selection excludes), SK_DROP where the listener is missing: fail closed.
  */
 SEC("sk_lookup")
 int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)

@@ -75,7 +75,7 @@ struct note {
 #define DEFINE_LISTENERS DEFINE_SOCKHASH(listeners, struct listener, 16384)
 
 /* On every socket that the proxy's cgroup made, and on those accepted from them: its netns. */
-#define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u64)
+#define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u64, BPF_F_CLONE)
 
 /* The proxy's connections to apps, from before their SYN to the answer. Kept before 5.17 only. */
 #define DEFINE_UPSTREAMS DEFINE_HASH(upstreams, struct connection, __u8, 65536)
@@ -83,8 +83,13 @@ struct note {
 /* Shared by the two programs of one pod. */
 #define DEFINE_NOTES DEFINE_PERCPU_ARRAY(notes, struct note, 1)
 
-/* On an app's socket since its connect(): 1 if its connection was given to the proxy. */
-#define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_socks, __u8)
+/*
+ * On an app's socket since its connect(): what was decided. Not cloned: what
+ * is accepted from a socket that once connected is another connection.
+ */
+#define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_socks, __u8, 0)
+#define CAPTURED	1	/* given to the proxy */
+#define EXCLUDED	2	/* goes its way, as the pod's selection wants it */
 
 #define AF_INET		2
 #define AF_INET6	10

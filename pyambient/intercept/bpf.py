@@ -33,6 +33,7 @@ from .interface import Plan, Pod, PodNetwork, Site, Step
 from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
+from .selection_map import selection_entries
 from .sysctl import ReservedPorts, Sysctl
 
 _FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
@@ -58,8 +59,13 @@ class Bpf:
         self,
         pod: Pod,
         network: PodNetwork,
-        options: CaptureOptions = DEFAULTS,  # noqa: ARG002 - TCP is captured in any case
+        options: CaptureOptions = DEFAULTS,
     ) -> Plan:
+        if options.devices:
+            raise PyambientError(
+                f"backend {self.name} does not see what others send by {options.devices[0]}",
+                "use --backend nftables or iptables",
+            )
         cookie = netns_cookie(pod.netns, self._cgroup)
         by_ifindex = self._constants.has_ingress_ifindex
         own = dict.fromkeys(address.ip for address in network.addresses + network.tentative)
@@ -76,6 +82,7 @@ class Bpf:
                 for r in routes
             ),
             *(EgressGuard(self._bpffs, device) for device in network.devices),
+            *selection_entries(self._bpffs, cookie, options),
             *(Sysctl(name, "1") for name in sysctls),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
             SkLookup(self._bpffs, cookie, by_ifindex),

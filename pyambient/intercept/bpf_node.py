@@ -39,7 +39,7 @@ from .mounts import ensure_bpffs
 _LOCK_SECONDS: Final = 10.0
 MAPS: Final = (
     *("pods", "addresses", "devices", "listeners"),
-    *("proxy_sockets", "captured_socks", "upstreams"),
+    *("proxy_sockets", "captured_socks", "upstreams", "selections"),
 )
 PROGRAM_PREFIX: Final = "pyamb_"
 

@@ -32,7 +32,7 @@ from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
 
-_LOOKUP_MAPS = ("addresses", "listeners", "upstreams")
+_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections")
 _LINK_PIN = "sk_lookup"
 _NOTES_PIN = "notes"
 

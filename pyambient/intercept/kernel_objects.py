@@ -6,19 +6,40 @@ import contextlib
 import ctypes
 import enum
 import errno
+import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self, TypeVar
 
 from . import libbpf
 
+_T = TypeVar("_T")
 _INFO_BYTES: Final = 256
 _MOST_PROGRAMS: Final = 64
 _MOST_MAPS: Final = 16
 _BEFORE_ALL: Final = 1 << 3  # BPF_F_BEFORE, relative to nothing
+_MOST_AT_ONCE: Final = 1024
+_NOT_SUPPORTED: Final = 524  # the kernel's own ENOTSUPP, which libc has no name for
+
+
+class MapType(enum.IntEnum):
+    """Kinds of maps that are made here, not by loading an object (enum bpf_map_type)."""
+
+    LPM_TRIE = 11
+
+
+class _CreateOptions(ctypes.Structure):
+    """struct bpf_map_create_opts of libbpf 1.0, whose `sz` tells how much of it is known."""
+
+    _fields_: ClassVar = [
+        ("sz", ctypes.c_size_t),
+        ("btf", ctypes.c_uint32 * 4),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+    ]
 
 
 class AttachType(enum.IntEnum):
@@ -99,6 +120,15 @@ class Map(KernelObject):
         self.kind, self.identifier, self.key_size, self.value_size, self.max_entries, _ = fields
 
     @classmethod
+    def create(
+        cls, kind: MapType, name: str, sizes: tuple[int, int], entries: int, flags: int
+    ) -> Self:
+        """A map of (key, value) sizes in bytes that lives as long as this fd or another map's."""
+        options = _CreateOptions(sz=ctypes.sizeof(_CreateOptions), map_flags=flags)
+        arguments = (kind, name.encode(), *sizes, entries, ctypes.byref(options))
+        return cls(libbpf.call("bpf_map_create", *arguments), name)
+
+    @classmethod
     def open_by_identifier(cls, identifier: int) -> Self:
         """The map with this id, under the name it was made with."""
         fd = libbpf.call("bpf_map_get_fd_by_id", identifier)
@@ -121,6 +151,20 @@ class Map(KernelObject):
     def put(self, key: bytes, value: bytes) -> None:
         libbpf.call("bpf_map_update_elem", self.fd, key, value, 0)
 
+    def put_all(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """Many at once, where the kernel takes them so (tries: Linux 5.13)."""
+        for some in _chunks(entries, _MOST_AT_ONCE):
+            keys, values = (b"".join(part) for part in zip(*some, strict=True))
+            count = ctypes.c_uint32(len(some))
+            try:
+                arguments = (self.fd, keys, values, ctypes.byref(count), None)
+                libbpf.call("bpf_map_update_batch", *arguments)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, _NOT_SUPPORTED):
+                    raise
+                for key, value in some:
+                    self.put(key, value)
+
     def delete(self, key: bytes) -> None:
         """Remove a key; one that is not there is no error."""
         with contextlib.suppress(FileNotFoundError):
@@ -137,6 +181,12 @@ class Map(KernelObject):
                 return
             key = following.raw
             yield key
+
+
+def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    following = iter(items)
+    while chunk := list(itertools.islice(following, size)):
+        yield chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from pyambient.intercept import runner
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Plan, Pod, Site, Stage, Step
 from pyambient.intercept.kernel_objects import LinkInfo, link_infos
+from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.intercept.survey import survey
 from pyambient.model.address import SocketAddress
 from tests.bed import Bed, BedPod, Child, apps
@@ -27,10 +28,12 @@ class BpfMesh:
         self.pods = pods
         self.site = Site(Path("/run/pyambient-unused"), BPFFS, bed.cgroup.path)
         self.recorded: dict[str, tuple[Step, ...]] = {}
+        self.options: dict[str, CaptureOptions] = {}
         self.proxy: NullProxy | None = None
 
     def plan(self, pod: BedPod) -> Plan:
-        return choose("bpf", self.site).plan(target(pod), survey(pod.netns))
+        options = self.options.get(pod.name, DEFAULTS)
+        return choose("bpf", self.site).plan(target(pod), survey(pod.netns), options)
 
     def prepare(self) -> None:
         for pod in self.pods:
@@ -54,7 +57,7 @@ class BpfMesh:
         self.recorded[pod.name] = tuple(s for s in recorded if s.stage not in stages)
 
     def refresh(self, pod: BedPod) -> None:
-        """What the agent does when an address or device of the pod has changed."""
+        """What the agent does when an address, a device or a choice of the pod has changed."""
         plan = self.plan(pod)
         self.recorded[pod.name] = runner.refresh(target(pod), self.recorded[pod.name], plan)
 

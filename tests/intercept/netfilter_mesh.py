@@ -8,6 +8,7 @@ from typing import Self
 from pyambient.intercept.interface import Interceptor, Plan, Pod, Stage, Step
 from pyambient.intercept.iptables import Iptables
 from pyambient.intercept.nftables import Nftables
+from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.intercept.runner import apply_stages, refresh, undo_stages
 from pyambient.intercept.survey import survey
 from tests.bed import Bed, BedPod, Interception, NullProxy
@@ -37,15 +38,17 @@ class NetfilterMesh:
         self.pods = pods
         self.interceptor = interceptor
         self.recorded: dict[str, tuple[Step, ...]] = {}
+        self.options: dict[str, CaptureOptions] = {}
 
     def plan(self, pod: BedPod) -> Plan:
-        return self.interceptor.plan(target(pod), survey(pod.netns))
+        options = self.options.get(pod.name, DEFAULTS)
+        return self.interceptor.plan(target(pod), survey(pod.netns), options)
 
     def enrol(self, pod: BedPod) -> None:
         self.recorded[pod.name] = apply_stages(target(pod), self.plan(pod).steps)
 
     def refresh(self, pod: BedPod) -> None:
-        """What the agent does when an address or device of the pod has changed."""
+        """What the agent does when an address, a device or a choice of the pod has changed."""
         recorded = self.recorded[pod.name]
         self.recorded[pod.name] = refresh(target(pod), recorded, self.plan(pod))
 
