@@ -25,6 +25,7 @@ PIP_CACHE_DIR ?= $(PYAMBIENT_CACHE)/pip
 export PYAMBIENT_CACHE PIP_CACHE_DIR
 
 PACKAGES := clang llvm libbpf-dev libc6-dev linux-libc-dev make \
+            python3-bpfcc linux-headers-$(shell dpkg --print-architecture) \
             iptables nftables iproute2 procps util-linux tcpdump curl python3-venv
 
 .PHONY: help
@@ -39,6 +40,11 @@ demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|nftabl
 .PHONY: test
 test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-bcc
+test-bcc: $(SETUP) ## interception by BPF once more, compiled and loaded by bcc
+	PYAMBIENT_TEST_LOADER=bcc $(BIN)/python -m pytest \
+	    -k 'bpf and not Linux' tests/intercept/test_bpf_capture.py tests/integration $(PYTEST_ARGS)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf

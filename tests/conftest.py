@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pyambient.intercept.loader import use
 from tests.bed import isolation
 from tests.bed.cgroup import CgroupTree
+from tests.bed.loader import LOADER
 from tests.bed.mesh import Mesh
 from tests.bed.network import Bed
 
@@ -16,6 +18,12 @@ from tests.bed.network import Bed
 def pytest_configure() -> None:
     """Leave the machine's namespaces before any thread exists that would stay in them."""
     isolation.enter()
+    use(LOADER)
+
+
+def pytest_report_header() -> str:
+    """Which loader is under test."""
+    return f"BPF programs are loaded by {LOADER}"
 
 
 @pytest.fixture(scope="session")

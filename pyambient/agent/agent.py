@@ -9,6 +9,7 @@ from functools import partial
 import trio
 
 from pyambient.errors import PyambientError
+from pyambient.intercept.loader import use
 from pyambient.observe.logs import get_logger
 
 from .api import Api
@@ -84,6 +85,7 @@ class Agent:
 
 def run(settings: AgentSettings) -> None:
     """Run an agent until SIGINT or SIGTERM; pods stay enrolled."""
+    use(settings.bpf_loader)
     settings.run_dir.prepare()
     with AgentLock(settings.run_dir):
         trio.run(_run, settings)

@@ -10,6 +10,7 @@ from pyambient.agent.config import DEFAULT_DRAIN_TIMEOUT, AgentSettings, RunDir
 
 from .options import (
     Invocation,
+    bpf_loader_option,
     cgroup_option,
     common_options,
     drain_timeout_option,
@@ -29,6 +30,7 @@ from .options import (
     ),
 )
 @cgroup_option
+@bpf_loader_option
 @log_format_option
 @log_level_option
 @drain_timeout_option(DEFAULT_DRAIN_TIMEOUT)
@@ -40,6 +42,7 @@ def command(
     /,
     *,
     cgroup: Path | None,
+    bpf_loader: str,
     log_format: str,
     log_level: str,
     drain_timeout: float,
@@ -60,6 +63,9 @@ def command(
         stop_with(stop_with_parent)
     configure(log_format, log_level)
     run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
-    run(AgentSettings(run_dir, existing_cgroup(cgroup), drain_timeout=drain_timeout))
+    settings = AgentSettings(
+        run_dir, existing_cgroup(cgroup), drain_timeout=drain_timeout, bpf_loader=bpf_loader
+    )
+    run(settings)
     if stop_with_parent is None:
         click.echo(run_dir.farewell("the agent"))

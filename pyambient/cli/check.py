@@ -122,6 +122,15 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
             f"instead: {feature.instead}",
         )
     yield _attempt("bpf", "bpffs", lambda: ensure_bpffs(AgentSettings().bpffs))
+    bcc = _attempt("bpf", "bcc and kernel headers, for --bpf-loader bcc", _compile_by_bcc)
+    yield dataclasses.replace(bcc, needed=False)
+
+
+def _compile_by_bcc() -> None:
+    from pyambient.intercept.bcc_object import load  # noqa: PLC0415 - LLVM
+    from pyambient.intercept.loader import Constants  # noqa: PLC0415 - not for --help
+
+    load("bind", Constants(), {}).close()
 
 
 def _netfilter() -> Iterator[Finding]:

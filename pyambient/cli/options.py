@@ -71,6 +71,13 @@ ca_dir_option = click.option(
 trust_domain_option = click.option(
     "--trust-domain", default="cluster.local", show_default=True, help="Of every identity here."
 )
+bpf_loader_option = click.option(
+    "--bpf-loader",
+    type=click.Choice(["libbpf", "bcc"]),
+    default="libbpf",
+    show_default=True,
+    help="Load compiled BPF programs, or have bcc compile them here.",
+)
 log_format_option = click.option(
     "--log-format",
     type=click.Choice(["plain", "json"]),

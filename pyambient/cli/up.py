@@ -22,6 +22,7 @@ from .children import Child, ChildFailed
 from .failures import root_cause
 from .options import (
     Invocation,
+    bpf_loader_option,
     ca_dir_option,
     cgroup_option,
     common_options,
@@ -51,9 +52,14 @@ class _Settings:
     log_format: str
     log_level: str
     drain_timeout: float
+    bpf_loader: str
 
     def agent(self) -> list[str]:
-        return [*self._common("agent"), f"--drain-timeout={self.drain_timeout}"]
+        return [
+            *self._common("agent"),
+            f"--drain-timeout={self.drain_timeout}",
+            f"--bpf-loader={self.bpf_loader}",
+        ]
 
     def proxy(self) -> list[str]:
         files = {"--mesh": self.mesh, "--ca-dir": self.ca_dir}
@@ -80,6 +86,7 @@ class _Settings:
     ),
 )
 @cgroup_option
+@bpf_loader_option
 @mesh_option
 @ca_dir_option
 @trust_domain_option

@@ -33,7 +33,7 @@ from typing import Final
 from pyambient.errors import PyambientError
 
 from .kernel_objects import AttachType, Link, Map, effective_programs, program_info
-from .loader import BpfObject, Constants, load
+from .loader import Constants, LoadedObject, load
 from .mounts import ensure_bpffs
 
 _LOCK_SECONDS: Final = 10.0
@@ -140,7 +140,7 @@ class NodePrograms:
     def _attach(self, directory: Path, hooks: list[Hook], constants: Constants) -> None:
         with contextlib.ExitStack() as stack:
             maps = {m.name: stack.enter_context(m) for m in _pinned_maps(directory)}
-            objects: dict[str, BpfObject] = {}
+            objects: dict[str, LoadedObject] = {}
             for hook in hooks:
                 if hook.source not in objects:
                     loaded = stack.enter_context(load(hook.source, constants, maps))
@@ -294,7 +294,7 @@ def _pin_lost_maps(directory: Path) -> None:
 
 
 def _pin_new(
-    loaded: BpfObject, known: dict[str, Map], directory: Path, stack: contextlib.ExitStack
+    loaded: LoadedObject, known: dict[str, Map], directory: Path, stack: contextlib.ExitStack
 ) -> dict[str, Map]:
     """Pin the maps that the object had to make itself."""
     made = {name: stack.enter_context(m) for name, m in loaded.maps().items()}

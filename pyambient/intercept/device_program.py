@@ -33,7 +33,7 @@ from pyambient.netns import Netns
 from .bpf_node import PROGRAM_PREFIX, pod_directory
 from .interface import Pod, Stage
 from .kernel_objects import AttachType, Link
-from .loader import BpfObject
+from .loader import LoadedObject
 from .rtnetlink import request, routing
 
 _HANDLE: Final = 0x111
@@ -79,7 +79,7 @@ class DeviceProgram(ABC):
     made_qdisc: bool = field(default=False, compare=False, kw_only=True)
 
     @abstractmethod
-    def load(self, pod: Pod) -> AbstractContextManager[BpfObject]:
+    def load(self, pod: Pod) -> AbstractContextManager[LoadedObject]:
         """The object with the program, sharing the maps that it is to share."""
 
     def describe(self) -> str:

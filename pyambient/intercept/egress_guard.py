@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 from .bpf_node import existing_map
 from .device_program import DeviceProgram, Direction, Place
 from .interface import Pod, step
-from .loader import BpfObject, Constants, load
+from .loader import Constants, LoadedObject, load
 
 _MAP: Final = "captured_socks"
 
@@ -25,7 +25,7 @@ class EgressGuard(DeviceProgram):
     place: ClassVar[Place] = Place("pyamb_guard", Direction.EGRESS, rank=2)
 
     @contextlib.contextmanager
-    def load(self, pod: Pod) -> Iterator[BpfObject]:  # noqa: ARG002 - it serves every pod alike
+    def load(self, pod: Pod) -> Iterator[LoadedObject]:  # noqa: ARG002 - it serves every pod alike
         shared = existing_map(Path(self.bpffs), _MAP)
         with shared, load("guard", Constants(), {_MAP: shared}) as loaded:
             yield loaded

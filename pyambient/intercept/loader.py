@@ -15,10 +15,10 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from pyambient.errors import PyambientError
 
@@ -26,10 +26,11 @@ from . import libbpf
 from .kernel_objects import Map
 
 OBJECTS: Final = Path(__file__).with_name("objects")
+LOG_END: Final = "-- END PROG LOAD LOG --"
 # What the verifier says at the end whether it liked the program or not.
 _CHATTER: Final = (
     "processed ",
-    "-- END PROG LOAD LOG --",
+    LOG_END,
     "verification time",
     "stack depth",
     "max_states",
@@ -53,7 +54,7 @@ def last_informative(log: tuple[str, ...]) -> str:
 
     Without a verifier log it is the first line that libbpf printed; "" if there is none.
     """
-    end = next((i for i, line in enumerate(log) if "-- END PROG LOAD LOG --" in line), None)
+    end = next((i for i, line in enumerate(log) if LOG_END in line), None)
     if end is None:
         return log[0].removeprefix("libbpf: ").strip() if log else ""
     for line in reversed(log[:end]):
@@ -110,11 +111,7 @@ class BpfObject:
         for name, handle in self._map_handles().items():
             if name not in shared:
                 continue
-            if shared[name].shape != _shape(handle):
-                raise PyambientError(
-                    f"the pinned map {name} is of another version of pyambient",
-                    "run 'pyambient unenroll --all' first",
-                )
+            refuse_other_shape(shared[name], _shape(handle))
             libbpf.call("bpf_map__reuse_fd", handle, shared[name].fd)
 
     def load(self) -> None:
@@ -169,16 +166,65 @@ def _shape(handle: int) -> tuple[int, int, int]:
     return (kind, key, value)
 
 
-def load(
-    name: str, constants: Constants | None = None, shared: Mapping[str, Map] | None = None
-) -> BpfObject:
+def refuse_other_shape(existing: Map, shape: tuple[int, int, int]) -> None:
+    """PyambientError for an existing map that cannot stand in for one of this shape."""
+    if existing.shape != shape:
+        raise PyambientError(
+            f"the pinned map {existing.name} is of another version of pyambient",
+            "run 'pyambient unenroll --all' first",
+        )
+
+
+class LoadedObject(Protocol):
+    """What a loader gives: the owner of loaded programs and of their maps."""
+
+    def program_fd(self, name: str) -> int: ...
+
+    def maps(self) -> dict[str, Map]: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+Loader = Callable[[str, Constants, Mapping[str, Map]], LoadedObject]
+
+
+def load_compiled(name: str, constants: Constants, shared: Mapping[str, Map]) -> BpfObject:
     """Open, fill in, share and load in one go; the object is closed again if that fails."""
     loaded = BpfObject(name)
     try:
-        loaded.set_constants(constants or Constants())
-        loaded.share_maps(shared or {})
+        loaded.set_constants(constants)
+        loaded.share_maps(shared)
         loaded.load()
     except BaseException:
         loaded.close()
         raise
     return loaded
+
+
+_chosen: Loader = load_compiled
+
+
+def use(name: str) -> None:
+    """Load by "libbpf" or by "bcc" from here on, in this process.
+
+    Of the process and not of a pod: what is in the kernel afterwards is the same, so no record
+    has to tell, and either loader goes on where the other one stopped.
+    """
+    global _chosen  # noqa: PLW0603 - one choice a process, made once at its start
+    if name == "bcc":
+        from .bcc_object import load as load_by_bcc  # noqa: PLC0415 - LLVM, for who asks for it
+
+        _chosen = load_by_bcc
+    else:
+        _chosen = load_compiled
+
+
+def load(
+    name: str, constants: Constants | None = None, shared: Mapping[str, Map] | None = None
+) -> LoadedObject:
+    """Have the programs of `bpf/<name>.bpf.c` in the kernel, by the loader in use."""
+    return _chosen(name, constants or Constants(), shared or {})

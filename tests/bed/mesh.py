@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import pyambient
 
+from .loader import LOADER
 from .network import Bed, BedPod
 from .patience import patience
 from .seccomp import nobpf
@@ -78,6 +79,7 @@ class Mesh:
             f"--mesh={self.mesh_file}",
             f"--ca-dir={self.ca_dir}",
             "--log-format=json",
+            f"--bpf-loader={LOADER}",
         ]
 
     def _command(self, verb: str, *words: str) -> list[str]:
