@@ -41,8 +41,10 @@ OUT = select.EPOLLOUT
 GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 # A peer's reset, not its FIN: that may be a half-close.
 RESET = select.EPOLLHUP | select.EPOLLERR
-# An app socket is watched for everything at once, edge-triggered: no epoll_ctl per block.
-APP_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+# An app socket is watched edge-triggered: no epoll_ctl per block. At first not for OUT, as every
+# socket is writable to begin with, and that event would cost a connection a turn of the loop.
+APP_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+ALL_APP_EVENTS = APP_EVENTS | select.EPOLLOUT
 _EVENTS_A_TURN = 256
 
 
@@ -77,9 +79,13 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def unwatch(self, fd: int) -> None:
-        """Forget `fd`; call it before closing. Unknown descriptors are fine."""
+        """Forget `fd`, which goes on to live. Unknown descriptors are fine."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        """Forget `fd`, which is closed next: the kernel takes it out of the epoll by itself."""
+        self._handlers.pop(fd, None)
 
     def call_soon(self, function: Callable[[], None]) -> None:
         """Call `function` once in the next turn."""

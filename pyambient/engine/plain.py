@@ -10,7 +10,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from .loop import APP_EVENTS, GONE, IN, OUT, Loop
+from .loop import ALL_APP_EVENTS as APP_EVENTS
+from .loop import GONE, IN, OUT, Loop
 from .relay import reset
 from .tls import SharedBuffers
 
@@ -174,7 +175,7 @@ class PlainRelay:
             return
         self._finished = True
         for half in (self._near, self._far):
-            self._loop.unwatch(half.fd)
+            self._loop.forget(half.fd)
             half.backlog = None
             if graceful:
                 half.sock.close()

@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 from pyambient.hbone import ErrorCode, Headers, Stream
 
-from .loop import APP_EVENTS, GONE, IN, OUT, Loop
+from .loop import ALL_APP_EVENTS, APP_EVENTS, GONE, IN, OUT, Loop
 from .tunnel import Tunnel
 
 _READ_MIN = 4 << 10
@@ -58,6 +58,7 @@ class StreamRelay:
         "_queued",
         "_readable",
         "_want",
+        "_watching_out",
         "bytes_down",
         "bytes_up",
         "error",
@@ -82,7 +83,7 @@ class StreamRelay:
         self._fd = sock.fileno()
         self._open = False
         self._readable = self._hung_up = self._queued = False
-        self._app_ended = self._peer_ended = False
+        self._app_ended = self._peer_ended = self._watching_out = False
         self._backlog: bytearray | None = None
         self._want = _READ_MIN
 
@@ -223,7 +224,14 @@ class StreamRelay:
             return
         if count < len(view):
             self._backlog = bytearray(view[count:])
+            self._watch_out()
         self._took(count)
+
+    def _watch_out(self) -> None:
+        """The app's socket is full: from now on it tells when it is not."""
+        if not self._watching_out:
+            self._watching_out = True
+            self._loop.rewatch(self._fd, ALL_APP_EVENTS)
 
     def ended(self) -> None:
         self._peer_ended = True
@@ -265,6 +273,7 @@ class StreamRelay:
             try:
                 count = self.sock.send(backlog)
             except BlockingIOError:
+                self._watch_out()
                 return
             except OSError as error:
                 self.abort(f"send: {error.strerror}")
@@ -273,6 +282,7 @@ class StreamRelay:
                 self._backlog = None
             else:
                 del backlog[:count]
+                self._watch_out()
             self._took(count)
         if self._backlog is None and self._peer_ended:
             self._app_shutdown()
@@ -288,12 +298,14 @@ class StreamRelay:
 
     def _app_shutdown(self) -> None:
         """Everything from the peer is with the app: end that direction."""
+        if self._app_ended:
+            self._finish(graceful=True)
+            return
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.abort(f"send: {error.strerror}")
             return
-        self._finish_if_done()
 
     # Ends
 
@@ -322,7 +334,7 @@ class StreamRelay:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        self._loop.unwatch(fd)
+        self._loop.forget(fd)
         self._backlog = None
         if graceful:
             self.sock.close()

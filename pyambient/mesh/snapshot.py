@@ -22,6 +22,8 @@ from pyambient.model.workload import (
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
+# A node's connections go to few places; this many questions take about 4 MB.
+_MEMO_MAX = 8192
 _Selection = tuple[tuple[Policy, ...], tuple[str, ...]]
 
 
@@ -31,7 +33,7 @@ class Snapshot:
     Several workloads may have one address: look-ups give the one that comes first in `workloads`.
     `also_known_as` gives workloads further uids. `warnings` says in one line each what the indexes
     had to decide or could not find. `memo` is for pure functions of the snapshot that keep
-    results; it dies with the snapshot, and its users bound what they put there.
+    results; it dies with the snapshot, and `remember` bounds what comes from outside.
     """
 
     def __init__(
@@ -57,6 +59,13 @@ class Snapshot:
         self._policies = _PolicyIndex(self.policies)
         self._selections = self._select_all(warnings)
         self.warnings = tuple(warnings)
+
+    def remember(self, question: Hashable, answer: _V) -> _V:
+        """Keep `answer` in `memo`, which is emptied when it has grown large; the answer."""
+        if len(self.memo) >= _MEMO_MAX:
+            self.memo.clear()
+        self.memo[question] = answer
+        return answer
 
     def workload_by_address(self, network: str, ip: str) -> Workload | None:
         return self._by_address.get((network, ip))

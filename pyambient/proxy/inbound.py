@@ -14,7 +14,7 @@ import socket
 import trio
 from OpenSSL import SSL
 
-from pyambient.engine.accept import Dial
+from pyambient.engine.accept import Dial, connect
 from pyambient.engine.handshake import HandshakeFailed, handshake, linger
 from pyambient.engine.relay import StreamRelay
 from pyambient.engine.tls import TlsTransport
@@ -31,7 +31,6 @@ from pyambient.model.spiffe import SpiffeId
 from pyambient.observe.accesslog import ConnectionRecord
 
 from . import sockets
-from .outbound import baggage
 from .records import inbound_record
 from .worker import PodScope
 
@@ -233,7 +232,7 @@ class InboundConnection:
     def begin(self, target: SocketAddress) -> None:
         worker = self._scope.worker
         try:
-            app = sockets.towards_app(self._scope.netns, self._owner.peer, target)
+            app = sockets.towards_app(self._scope.stock, self._owner.peer, target)
         except OSError as error:
             self._refuse(f"connection failed: {error.strerror}")
             return
@@ -242,9 +241,14 @@ class InboundConnection:
         relay.on_finished = self._finished
         self._stream.sink = relay
         try:
-            self._dial = Dial(worker.loop, app, target, worker.connects, self._dialled)
+            connected = connect(app, target)
         except OSError as error:
             self._dial_failed(error)
+            return
+        if connected:
+            self._dialled(None)
+        else:
+            self._dial = Dial(worker.loop, app, worker.connects, self._dialled)
 
     @property
     def finished(self) -> bool:
@@ -262,7 +266,7 @@ class InboundConnection:
             return
         self._dial = None
         tunnel = self._owner.tunnel
-        headers = (("baggage", baggage(self._record.destination_workload)),)
+        headers = (("baggage", self._scope.baggage_of(self._record.destination_workload)),)
         tunnel.connection.accept(self._stream, headers)
         tunnel.loop.flush_soon(tunnel)
         self._scope.worker.access_log.opened(self._record)

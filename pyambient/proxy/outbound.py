@@ -8,7 +8,7 @@ reaches it as a reset, as a refused connection would.
 
 from __future__ import annotations
 
-import os
+import random
 import socket
 
 from pyambient.engine.deadlines import Deadline
@@ -19,7 +19,6 @@ from pyambient.mesh import route
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import ANSWER_TIMEOUT
 from pyambient.model.spiffe import SpiffeId
-from pyambient.model.workload import Workload
 from pyambient.observe.accesslog import ConnectionRecord
 
 from . import sockets
@@ -39,7 +38,6 @@ class Outbound:
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """An app connected; take its socket over."""
         scope = self._scope
-        sockets.keep_alive(sock)
         destination = sockets.original_destination(sock, netfilter=scope.netfilter)
         own = scope.workload()
         if own is None:
@@ -66,7 +64,7 @@ class Outbound:
         connection.begin(lambda: self._far_socket(decision.address), decision.address)
 
     def _far_socket(self, destination: SocketAddress) -> socket.socket:
-        far = sockets.outbound(self._scope.netns, destination.family)
+        far = sockets.outbound(self._scope.stock, destination.family)
         sockets.keep_alive(far)
         return far
 
@@ -148,9 +146,9 @@ class Tunnelled:
             forwarded += f";host={decision.service.hostname}"
         return ConnectRequest(
             authority=decision.authority,
-            baggage=baggage(record.source_workload),
+            baggage=self._scope.baggage_of(record.source_workload),
             forwarded=forwarded,
-            traceparent=f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-00",
+            traceparent=_traceparent(),
         )
 
     def _answered(self, relay: StreamRelay, status: int, _headers: Headers) -> None:
@@ -179,15 +177,7 @@ class Tunnelled:
         return f"<Tunnelled {self._record.source} to {self._record.hbone_authority}>"
 
 
-def baggage(workload: Workload | None) -> str:
-    """W3C baggage that describes a workload, in ztunnel's order; empty parts are left out."""
-    if workload is None:
-        return ""
-    parts = (
-        ("k8s.cluster.name", workload.cluster_id),
-        ("k8s.namespace.name", workload.namespace),
-        (f"k8s.{workload.workload_type}.name", workload.workload_name),
-        ("service.name", workload.canonical_name),
-        ("service.version", workload.canonical_revision),
-    )
-    return ",".join(f"{key}={value}" for key, value in parts if value)
+def _traceparent() -> str:
+    """A trace of its own for each connection (W3C); unguessable it need not be."""
+    bits = random.getrandbits(192)
+    return f"00-{bits >> 64:032x}-{bits & 0xFFFF_FFFF_FFFF_FFFF:016x}-00"

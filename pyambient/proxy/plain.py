@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from pyambient.engine.accept import Dial
+from pyambient.engine.accept import Dial, connect
 from pyambient.engine.loop import RESET
 from pyambient.engine.plain import PlainRelay
 from pyambient.engine.relay import reset
@@ -46,10 +46,15 @@ class PlainConnection:
         self._target = target
         try:
             self._far = far_socket()
-            self._dial = Dial(worker.loop, self._far, target, worker.connects, self._dialled)
-            worker.loop.watch(self._near.fileno(), self._near_gone, RESET)
+            connected = connect(self._far, target)
         except OSError as error:
             self._fail(self._explain(error))
+            return
+        if connected:
+            self._dialled(None)
+        else:
+            worker.loop.watch(self._near.fileno(), self._near_gone, RESET)
+            self._dial = Dial(worker.loop, self._far, worker.connects, self._dialled)
 
     @property
     def finished(self) -> bool:

@@ -28,7 +28,6 @@ class Plaintext:
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """Somebody outside connected to an app of the pod; take the socket over."""
         scope = self._scope
-        sockets.keep_alive(sock)
         destination = sockets.original_destination(sock, netfilter=scope.netfilter)
         decision = decisions.decide_plaintext(
             destination,
@@ -44,7 +43,7 @@ class Plaintext:
         record = inbound_record(scope, peer, destination, decision.service)
         target = decision.target
         connection = PlainConnection(scope, sock, record, decision.facts)
-        connection.begin(lambda: sockets.towards_app(scope.netns, peer, target), target)
+        connection.begin(lambda: sockets.towards_app(scope.stock, peer, target), target)
 
     def __repr__(self) -> str:
         return f"<Plaintext of {self._scope.pod}>"

@@ -175,6 +175,7 @@ class Pods:
             _log.error("internal error, the pod is given up", pod=str(ref), exc_info=error)
             self._end(ref.uid, "internal error")
         finally:
+            scope.stock.close()
             netns.close()
 
     async def remove(self, uid: str) -> None:

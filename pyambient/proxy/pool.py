@@ -153,7 +153,7 @@ class Pool:
 
     async def _connect(self, key: PoolKey) -> _Pooled:
         """A tunnel whose peer is proven and has sent its SETTINGS; TunnelFailed otherwise."""
-        sock = sockets.outbound(self._scope.netns, key.next_hop.family)
+        sock = sockets.outbound(self._scope.stock, key.next_hop.family)
         try:
             await _connect_socket(sock, key.next_hop)
             with trio.fail_after(HANDSHAKE_TIMEOUT):
@@ -230,6 +230,7 @@ class Pool:
         while True:
             await trio.sleep(_IDLE_CHECK)
             now = trio.current_time()
+            self._scope.stock.close()
             for pooled in [p for lane in self._lanes.values() for p in lane.tunnels]:
                 self._release_if_idle(pooled, now)
 

@@ -27,6 +27,7 @@ _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xHI16sI")
 _BACKLOG = 4096
+_STOCK_MAX = 16
 
 # ztunnel's keep-alive: a dead peer is noticed after half an hour at most.
 _KEEPALIVE = (
@@ -84,6 +85,9 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], *, marked: bool
         _set_transparent(sock)
         # A proxy that starts while another drains (upgrade) serves the same ports.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # What it accepts inherits these: five system calls less a connection.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
         sock.bind(address)
         sock.listen(_BACKLOG)
     except OSError:
@@ -92,20 +96,51 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], *, marked: bool
     return sock
 
 
-def outbound(netns: Netns, family: int) -> socket.socket:
+class Stock:
+    """TCP sockets of a pod, made ahead: the way into its network namespace costs more than they.
+
+    A pod that needs many gets them by sixteen; `close` gives back what was not taken, and the
+    next one is made alone again.
+    """
+
+    def __init__(self, netns: Netns) -> None:
+        self._netns = netns
+        self._made: dict[int, list[socket.socket]] = {}
+        self._batch = 1
+
+    def take(self, family: int) -> socket.socket:
+        """A fresh non-blocking socket; OSError if none can be made."""
+        made = self._made.get(family)
+        if not made:
+            kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+            made = self._made[family] = self._netns.sockets(self._batch, family, kind)
+            self._batch = min(2 * self._batch, _STOCK_MAX)
+        return made.pop()
+
+    def close(self) -> None:
+        self._batch = 1
+        for sock in itertools.chain(*self._made.values()):
+            sock.close()
+        self._made.clear()
+
+    def __repr__(self) -> str:
+        return f"<Stock of {sum(map(len, self._made.values()))} sockets in {self._netns.name}>"
+
+
+def outbound(stock: Stock, family: int) -> socket.socket:
     """A socket that leaves the pod under the pod's own address."""
-    sock = netns.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = stock.take(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
 
-def towards_app(netns: Netns, client: SocketAddress, app: SocketAddress) -> socket.socket:
+def towards_app(stock: Stock, client: SocketAddress, app: SocketAddress) -> socket.socket:
     """A socket towards an app of the pod that bears the client's IP, so that the app sees it.
 
     OSError if the kernel refuses, or no source port is free.
     """
-    sock = outbound(netns, app.family)
+    sock = outbound(stock, app.family)
     try:
         # The pod calling itself needs no other address, and a family cannot be changed.
         if client.ip != app.ip and client.family == app.family:

@@ -24,6 +24,8 @@ from pyambient.netns import Netns
 from pyambient.observe.accesslog import AccessLog, ConnectionRecord
 from pyambient.zds.details import PodDetails
 
+from .sockets import Stock
+
 NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
 _SHORTAGE_PAUSE = 0.1
 _HTTP2 = LocalSettings()
@@ -80,6 +82,20 @@ class Live(Protocol):
     def abort(self, error: str) -> None: ...
 
 
+def baggage(workload: Workload | None) -> str:
+    """W3C baggage that describes a workload, in ztunnel's order; empty parts are left out."""
+    if workload is None:
+        return ""
+    parts = (
+        ("k8s.cluster.name", workload.cluster_id),
+        ("k8s.namespace.name", workload.namespace),
+        (f"k8s.{workload.workload_type}.name", workload.workload_name),
+        ("service.name", workload.canonical_name),
+        ("service.version", workload.canonical_revision),
+    )
+    return ",".join(f"{key}={value}" for key, value in parts if value)
+
+
 @dataclass(eq=False)
 class PodScope:
     """What the listeners of one pod share."""
@@ -90,15 +106,18 @@ class PodScope:
     details: PodDetails
     nursery: trio.Nursery | None = None
     live: dict[Live, None] = field(default_factory=dict)
+    identity: SpiffeId = field(init=False)
+    stock: Stock = field(init=False)
+    _described: tuple[Workload | None, str] = (None, "")
     idle: trio.Event = field(default_factory=trio.Event)
+
+    def __post_init__(self) -> None:
+        self.identity = self.pod.identity(self.worker.trust_domain)
+        self.stock = Stock(self.netns)
 
     @property
     def netfilter(self) -> bool:
         return self.details.backend in NETFILTER_BACKENDS
-
-    @property
-    def identity(self) -> SpiffeId:
-        return self.pod.identity(self.worker.trust_domain)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -107,6 +126,12 @@ class PodScope:
     def workload(self) -> Workload | None:
         """The pod as the mesh sees it: what the mesh file says of it, else its enrolment."""
         return self.worker.view.snapshot.workload_by_uid(self.pod.uid)
+
+    def baggage_of(self, workload: Workload | None) -> str:
+        """`baggage`, kept for the workload that was asked for last: mostly the pod's own."""
+        if workload is not self._described[0]:
+            self._described = (workload, baggage(workload))
+        return self._described[1]
 
     def published(self) -> Workload:
         """The workload that the enrolment itself publishes."""

@@ -39,6 +39,7 @@ class ProxyRig:
         self.nursery = nursery
         self.lines = lines
         self.pods = Pods(worker, nursery)
+        self.scopes: list[PodScope] = []
 
     async def serve(self, pod: BedPod) -> None:
         addresses = tuple(ip for ip in (pod.ipv4, pod.ipv6) if ip)
@@ -53,6 +54,7 @@ class ProxyRig:
         """A pool in `pod`'s network namespace, whose tasks are the rig's."""
         details = PodDetails("bpf", ())
         scope = PodScope(self.worker, self.ref(pod), pod.netns, details, self.nursery)
+        self.scopes.append(scope)
         return Pool(scope)
 
     def key(self, client: BedPod, server: BedPod, *, expected: str = "") -> PoolKey:
@@ -104,6 +106,8 @@ def proxied(bed: Bed, directory: Path, test: Callable[[ProxyRig], Awaitable[None
             with trio.fail_after(30):
                 await test(rig)
             await rig.pods.retain(frozenset())
+            for scope in rig.scopes:
+                scope.stock.close()
             nursery.cancel_scope.cancel()
 
     loop.run(main)

@@ -78,7 +78,7 @@ def test_a_socket_towards_the_app_bears_the_clients_address(bed, family):
     pod = bed.pod("a")
     client = SocketAddress("10.77.0.77" if family == "v4" else "fd77::77", 40000)
     app = SocketAddress(pod.address(family), 80)
-    with sockets.towards_app(pod.netns, client, app) as sock:
+    with sockets.towards_app(sockets.Stock(pod.netns), client, app) as sock:
         ip, port = from_sockaddr(sock.getsockname())
         assert ip == client.ip
         assert 10000 <= port < 30000
@@ -88,7 +88,7 @@ def test_the_pod_calling_itself_and_another_family_keep_the_pods_own_address(bed
     pod = bed.pod("a")
     app = SocketAddress(pod.ipv4, 80)
     for client in (SocketAddress(pod.ipv4, 40000), SocketAddress("fd77::77", 40000)):
-        with sockets.towards_app(pod.netns, client, app) as sock:
+        with sockets.towards_app(sockets.Stock(pod.netns), client, app) as sock:
             assert sock.getsockname() == ("0.0.0.0", 0)
 
 
@@ -100,7 +100,7 @@ def test_without_a_source_port_the_connection_fails_and_leaks_no_socket(bed, mon
         taken.setsockopt(socket.IPPROTO_IP, 19, 1)
         taken.bind((client.ip, 10001))
         with pytest.raises(OSError, match="no source port is free") as failure:
-            sockets.towards_app(pod.netns, client, app)
+            sockets.towards_app(sockets.Stock(pod.netns), client, app)
     assert failure.value.errno == errno.EADDRNOTAVAIL
 
 
