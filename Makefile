@@ -58,7 +58,7 @@ test-kernels: bpf ## interception and demo on other kernels (KERNELS="5.10 6.1 6
 # SHORT=1: a quick pass over everything; CHECK=1: exit 1 and name the rows that miss their bar.
 SHORT ?=
 CHECK ?=
-ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5)
+ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5 --idle 1000)
 
 .PHONY: bench-engine
 bench-engine: $(SETUP) ## the byte path beside Envoy's (root; SHORT=1, CHECK=1, ENGINE_ARGS=...)

@@ -18,11 +18,15 @@ from pyambient.netns import Netns
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a program runs: its pod, its cgroup, the CPU it is pinned to."""
+    """Where a program runs: its pod, its cgroup, the CPU it is pinned to.
+
+    One that `yields` gets the CPU only while nobody else there wants it (SCHED_IDLE).
+    """
 
     netns: Netns
     cgroup: Path
     cpu: int
+    yields: bool = False
 
     def start(
         self,
@@ -47,13 +51,15 @@ class Placement:
 
     def _settler(self) -> Callable[[], None]:
         """A socket belongs for life to the cgroup it is made in: the process moves first."""
-        procs, cpu = os.fsencode(self.cgroup / "cgroup.procs"), self.cpu
+        procs, cpu, yields = os.fsencode(self.cgroup / "cgroup.procs"), self.cpu, self.yields
 
         def settle() -> None:
             fd = os.open(procs, os.O_WRONLY)
             os.write(fd, b"0")
             os.close(fd)
             os.sched_setaffinity(0, {cpu})
+            if yields:
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
         return settle
 

@@ -40,6 +40,13 @@ class Results:
         pairs = list(zip(self.of(work, subject), self.of(work, other), strict=False))
         return statistics.median(value(a) / value(b) for a, b in pairs) if pairs else None
 
+    def against(
+        self, work: str, other: str, subject: str, value: Callable[[Sample], float]
+    ) -> float | None:
+        """The same for two kinds of work of one subject."""
+        pairs = list(zip(self.of(work, subject), self.of(other, subject), strict=False))
+        return statistics.median(value(a) / value(b) for a, b in pairs) if pairs else None
+
     def __repr__(self) -> str:
         return f"<Results of {', '.join(self.samples)}>"
 

@@ -15,7 +15,8 @@ from pyambient.errors import PyambientError
 from .bed import Node
 from .load import build
 from .rows import ROWS
-from .subjects import ENVOY, OURS, OURS_16K, Subject
+from .scenarios import MEMORY, crowd, hostility, memory, share
+from .subjects import ENVOY, OURS, OURS_16K, OURS_UNSHARED, Subject
 from .table import render
 from .work import ROUND, Work
 
@@ -29,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--backend", default="bpf", help="what captures, for Envoy too")
     parser.add_argument("--only", default="", help="only work whose name contains this")
+    parser.add_argument("--idle", type=int, default=10_000, help="connections in the crowd")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--check", action="store_true", help="exit 1 if a row falls short")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -43,14 +45,33 @@ def _measure(options: argparse.Namespace) -> Results:
     subjects = {name: Subject(node, name, program) for name in _SUBJECTS}
     results = Results()
     try:
+        if not options.only:
+            _memory(node, subjects, program, results)
         for order in turns(_SUBJECTS, options.rounds):
-            for work in ROUND:
-                if options.only in work.name:
-                    _one(work, [subjects[name] for name in order], options.seconds, results)
+            _round([subjects[name] for name in order], options, results)
+            if not options.only:
+                share(subjects[OURS], options.seconds, results)
+                hostility(subjects[OURS], options.seconds, results)
+        if not options.only:
+            crowd(subjects[OURS], options.idle, options.seconds, results)
     finally:
         for subject in subjects.values():
             subject.end()
     return results
+
+
+def _memory(node: Node, subjects: dict[str, Subject], program: Path, results: Results) -> None:
+    """Before anything else has run: a process does not give back all that it once needed."""
+    unshared = Subject(node, OURS_UNSHARED, program)
+    for subject in (subjects[OURS], unshared, subjects[ENVOY]):
+        results.add(MEMORY, subject.name, memory(subject))
+    unshared.end()
+
+
+def _round(subjects: list[Subject], options: argparse.Namespace, results: Results) -> None:
+    for work in ROUND:
+        if options.only in work.name:
+            _one(work, subjects, options.seconds, results)
 
 
 def _one(work: Work, subjects: list[Subject], seconds: float, results: Results) -> None:

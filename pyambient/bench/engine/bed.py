@@ -3,10 +3,12 @@
     node A, first CPU                         node B, second CPU
     client     10.99.0.2 ─── veth ───── 10.99.0.3  server
     neighbour  10.99.1.2 ─── veth ───── 10.99.1.3     "
+    stranger   10.99.2.2 ─── veth ───── 10.99.2.3     "
 
-The load tool runs in `client` and its servers in `server`; A's proxy serves both of its pods. Each
-subject has a bed of its own, so all of them are up at once and take turns. Ports and sockets are
-the real ones: what captures is the plan of a backend of pyambient's, for Envoy too.
+The load tool runs in `client` and its servers in `server`; A's proxy serves `neighbour` as well.
+`stranger` is outside the mesh: nobody captures what it sends. Each subject has a bed of its own, so
+all of them are up at once and take turns. Ports and sockets are the real ones: what captures is the
+plan of a backend of pyambient's, for Envoy too.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from pyambient.intercept.survey import survey
 from pyambient.model.numbers import DEFAULT_TRUST_DOMAIN
 from pyambient.model.spiffe import SpiffeId
 
-CLIENT, NEIGHBOUR, SERVER = "client", "neighbour", "server"
+CLIENT, NEIGHBOUR, SERVER, STRANGER = "client", "neighbour", "server", "stranger"
 NAMESPACE = "bench"
 APP_PORT = 9000
 CLIENT_IP, SERVER_IP = "10.99.0.2", "10.99.0.3"
 NEIGHBOUR_IP, SERVER_IP_FOR_NEIGHBOUR = "10.99.1.2", "10.99.1.3"
+STRANGER_IP, SERVER_IP_FOR_STRANGER = "10.99.2.2", "10.99.2.3"
+_ENROLLED = (CLIENT, NEIGHBOUR, SERVER)
 _CAPTURING = (Stage.APPLY, Stage.STEER, Stage.GATE)
 # A connection of the load tool leaves its ports in TIME_WAIT; there are thousands a second.
 _MANY_CONNECTIONS = {
@@ -77,16 +81,17 @@ class Bed:
         self.subject = subject
         self.work = node.work / subject
         self.work.mkdir()
-        self.pods = {name: make_pod(name) for name in (CLIENT, NEIGHBOUR, SERVER)}
-        client, neighbour, server = self.pods.values()
+        self.pods = {name: make_pod(name) for name in (*_ENROLLED, STRANGER)}
+        client, neighbour, server, stranger = self.pods.values()
         join(client, CLIENT_IP, server, SERVER_IP, "eth0")
         join(neighbour, NEIGHBOUR_IP, server, SERVER_IP_FOR_NEIGHBOUR, "eth1")
+        join(stranger, STRANGER_IP, server, SERVER_IP_FOR_STRANGER, "eth2")
         for netns in self.pods.values():
             sysctl(netns, **_MANY_CONNECTIONS)
 
-    def app(self, name: str) -> Placement:
+    def app(self, name: str, *, yields: bool = False) -> Placement:
         """Where the load tool runs in a pod."""
-        return Placement(self.pods[name], self.node.apps, self._cpu(name))
+        return Placement(self.pods[name], self.node.apps, self._cpu(name), yields)
 
     def proxy(self, name: str) -> Placement:
         """Where the proxy that serves a pod runs, its pod's network namespace included."""
@@ -104,7 +109,8 @@ class Bed:
         self._apply(_CAPTURING)
 
     def _apply(self, stages: Iterable[Stage]) -> None:
-        for name, netns in self.pods.items():
+        for name in _ENROLLED:
+            netns = self.pods[name]
             pod = Pod(f"{self.subject}-{name}", netns)
             plan = self.node.interceptor.plan(pod, survey(netns))
             runner.apply_stages(pod, plan.steps, tuple(stages))

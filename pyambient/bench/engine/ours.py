@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 from pyambient.errors import PyambientError
+from pyambient.hbone import LocalSettings
 
 from .bed import (
     APP_PORT,
@@ -19,13 +21,14 @@ from .bed import (
     SERVER,
     SERVER_IP,
     SERVER_IP_FOR_NEIGHBOUR,
+    SERVER_IP_FOR_STRANGER,
     Bed,
 )
 
 _ADDRESSES = {
     CLIENT: (CLIENT_IP,),
     NEIGHBOUR: (NEIGHBOUR_IP,),
-    SERVER: (SERVER_IP, SERVER_IP_FOR_NEIGHBOUR),
+    SERVER: (SERVER_IP, SERVER_IP_FOR_NEIGHBOUR, SERVER_IP_FOR_STRANGER),
 }
 _POLICY = f"""
 policies:
@@ -41,13 +44,13 @@ policies:
 """
 
 
-def start(bed: Bed, *, frame: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """The proxies of node A and node B, listening; DATA frames are of at most `frame` bytes."""
+def start(bed: Bed, http2: LocalSettings) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """The proxies of node A and node B, listening; `http2` goes for all tunnels."""
     mesh = bed.work / "mesh.yaml"
     mesh.write_text("workloads:\n" + "".join(map(_workload, _ADDRESSES)) + _POLICY, "utf-8")
     return (
-        _start(bed, (CLIENT, NEIGHBOUR), mesh, frame),
-        _start(bed, (SERVER,), mesh, frame),
+        _start(bed, (CLIENT, NEIGHBOUR), mesh, http2),
+        _start(bed, (SERVER,), mesh, http2),
     )
 
 
@@ -61,7 +64,9 @@ def _workload(name: str) -> str:
     )
 
 
-def _start(bed: Bed, names: tuple[str, ...], mesh: Path, frame: int) -> subprocess.Popen[str]:
+def _start(
+    bed: Bed, names: tuple[str, ...], mesh: Path, http2: LocalSettings
+) -> subprocess.Popen[str]:
     pods = [
         {
             "name": name,
@@ -76,7 +81,7 @@ def _start(bed: Bed, names: tuple[str, ...], mesh: Path, frame: int) -> subproce
         "mesh": str(mesh),
         "ca_dir": str(bed.node.ca_dir),
         "log": str(bed.work / f"{names[0]}.log"),
-        "frame": frame,
+        "http2": dataclasses.asdict(http2),
         "pods": pods,
     }
     command = [sys.executable, "-m", "pyambient.bench.engine.proxy", json.dumps(settings)]

@@ -39,7 +39,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
     view = MeshView()
     view.load(Path(settings["mesh"]))
     access_log = AccessLog("plain", sink.put)
-    http2 = LocalSettings(max_frame_sent=settings["frame"])
+    http2 = LocalSettings(**settings["http2"])
     worker = Worker(loop, view, certificates, access_log, DEFAULT_TRUST_DOMAIN, http2)
     async with trio.open_nursery() as nursery:
         pods = Pods(worker, nursery)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyambient.bench.rounds import Results, Sample
 
-from . import work
-from .subjects import ENVOY, OURS, OURS_16K
+from . import scenarios, work
+from .subjects import ENVOY, OURS, OURS_16K, OURS_UNSHARED
 
 Figure = Callable[[Results], float | None]
 
@@ -82,6 +83,75 @@ def _small_frames(done: work.Work) -> Row:
     return compared(name, done, work.gigabits_per_cpu_second, "Gbit/CPU-s", ours=OURS_16K)
 
 
+def against(
+    name: str,
+    done: tuple[str, str],
+    value: Callable[[Sample], float],
+    unit: str,
+    *,
+    at_most: float,
+) -> Row:
+    """A row that compares ours with ours: one kind of work by another."""
+    one, other = done
+    return Row(
+        name,
+        lambda results: results.against(one, other, OURS, value),
+        (
+            lambda results: results.median(one, OURS, value),
+            lambda results: results.median(other, OURS, value),
+        ),
+        unit,
+        at_most=at_most,
+    )
+
+
+def absolute(
+    name: str,
+    figure: Figure,
+    unit: str,
+    *,
+    theirs: Figure = lambda _: None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Row:
+    """A row whose figure is a number of its own."""
+    return Row(name, figure, (figure, theirs), unit, at_least, at_most)
+
+
+def _p99_milliseconds(sample: Sample) -> float:
+    return sample["p99"] * 1e-3
+
+
+def _kept(results: Results) -> float | None:
+    """How much of an upload's rate is left when round trips share its tunnel."""
+    shared = results.of(scenarios.SHARED, OURS)
+    alone = results.of(scenarios.BULK_ALONE, OURS)
+    kept = [s["bulk"] / (a["bytes"] / a["seconds"]) for s, a in zip(shared, alone, strict=True)]
+    return statistics.median(kept) if kept else None
+
+
+def _per_connection(subject: str) -> Figure:
+    """KB of the side that needs more."""
+    return lambda results: results.median(
+        scenarios.MEMORY, subject, lambda s: max(s["client"], s["server"]) / 1024
+    )
+
+
+def _per_tunnel(results: Results) -> float | None:
+    """KB of the side that needs more; a connection of that subject has a tunnel to itself."""
+    both, connection = _per_connection(OURS_UNSHARED)(results), _per_connection(OURS)(results)
+    return None if both is None or connection is None else both - connection
+
+
+def _base(subject: str) -> Figure:
+    return lambda results: results.median(scenarios.MEMORY, subject, lambda s: s["base"] / 2**20)
+
+
+def _hostile(name: str) -> Row:
+    done = (name, scenarios.QUIET)
+    return against(f"{name}: p99", done, _p99_milliseconds, "ms", at_most=2)
+
+
 ROWS: tuple[Row, ...] = (
     *_connections(work.CONNECTIONS_16),
     *_connections(work.CONNECTIONS_64),
@@ -90,4 +160,35 @@ ROWS: tuple[Row, ...] = (
     compared("p50", work.LONE, work.median_latency, "µs", at_most=1.15),
     *map(_bulk, (work.UPLOAD, work.DOWNLOAD, work.UPLOADS, work.DOWNLOADS)),
     *map(_small_frames, (work.UPLOAD, work.DOWNLOAD)),
+    absolute(
+        f"{scenarios.SHARED}: p99",
+        lambda results: results.median(scenarios.SHARED, OURS, _p99_milliseconds),
+        "ms",
+        at_most=3,
+    ),
+    absolute(f"{scenarios.SHARED}: what the upload keeps", _kept, "part", at_least=0.8),
+    absolute(
+        "memory of an idle connection",
+        _per_connection(OURS),
+        "KB",
+        theirs=_per_connection(ENVOY),
+        at_most=2,
+    ),
+    absolute("memory of a tunnel", _per_tunnel, "KB", at_most=64),
+    absolute("memory of a worker", _base(OURS), "MB", theirs=_base(ENVOY), at_most=60),
+    against(
+        f"{scenarios.CROWD_TRIPS}: p99",
+        (scenarios.CROWD_TRIPS, scenarios.CALM_TRIPS),
+        _p99_milliseconds,
+        "ms",
+        at_most=1.5,
+    ),
+    against(
+        f"{scenarios.CROWD_CONNECTIONS}: CPU",
+        (scenarios.CROWD_CONNECTIONS, scenarios.CALM_CONNECTIONS),
+        work.cpu_per_operation,
+        "µs",
+        at_most=1.3,
+    ),
+    *map(_hostile, (scenarios.DROPPED, scenarios.HANDSHAKES, scenarios.DEAF)),
 )

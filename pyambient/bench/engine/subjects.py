@@ -8,20 +8,22 @@ from pathlib import Path
 
 from pyambient.bench.processes import cpu_seconds
 from pyambient.bench.rounds import Sample
-from pyambient.model.numbers import MAX_FRAME_SENT
+from pyambient.hbone import LocalSettings
 
 from . import envoy, ours
 from .bed import APP_PORT, CLIENT, SERVER, SERVER_IP, Bed, Node
 from .load import Load
 
 OURS, OURS_16K, ENVOY = "pyambient", "pyambient, 16 KiB frames", "envoy"
+OURS_UNSHARED = "pyambient, 1 stream a tunnel"
 _ENVOYS_FRAME = 16 << 10
 ECHO, SINK, SOURCE = APP_PORT, APP_PORT + 1, APP_PORT + 2
 
 Pair = tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]
 _STARTERS: dict[str, Callable[[Bed], Pair]] = {
-    OURS: lambda bed: ours.start(bed, frame=MAX_FRAME_SENT),
-    OURS_16K: lambda bed: ours.start(bed, frame=_ENVOYS_FRAME),
+    OURS: lambda bed: ours.start(bed, LocalSettings()),
+    OURS_16K: lambda bed: ours.start(bed, LocalSettings(max_frame_sent=_ENVOYS_FRAME)),
+    OURS_UNSHARED: lambda bed: ours.start(bed, LocalSettings(max_streams_opened=1)),
     ENVOY: envoy.start,
 }
 
@@ -39,11 +41,16 @@ class Subject:
         self.proxies = _STARTERS[name](self.bed)
         self.bed.capture()
 
-    def load(
-        self, kind: str, port: int, *words: object, pod: str = CLIENT, ip: str = SERVER_IP
-    ) -> Load:
-        """Start the load tool in a pod, towards a port of the server."""
-        return Load(self._program, self.bed.app(pod), kind, ip, port, *words)
+    def load(self, kind: str, port: int, *words: object) -> Load:
+        """Start the load tool in the client pod, towards a port of the server."""
+        return Load(self._program, self.bed.app(CLIENT), kind, SERVER_IP, port, *words)
+
+    def hostile_load(self, pod: str, kind: str, ip: str, port: int, *words: object) -> Load:
+        """Start it in another pod, where it gets what CPU time others leave.
+
+        So what it takes from them is what the proxies do for it, and not what it does itself.
+        """
+        return Load(self._program, self.bed.app(pod, yields=True), kind, ip, port, *words)
 
     def measure(self, kind: str, port: int, *words: object) -> Sample:
         """Run the load tool; what it counted, and the CPU seconds of each proxy meanwhile."""
