@@ -30,7 +30,8 @@ from .status import describe
 from .verify import verify
 from .zds_server import listen
 
-REQUEST_LIMIT: Final = 64 << 10
+# Two lists of 10,000 CIDRs for each direction.
+REQUEST_LIMIT: Final = 2 << 20
 MAX_CLIENTS: Final = 64
 _IDLE_TIMEOUT: Final = 30.0
 _log = get_logger("api")
@@ -45,6 +46,7 @@ class Api:
         self._proxies = proxies
         self._commands: dict[str, _Command] = {
             "enroll": self._enroll,
+            "set": self._set,
             "unenroll": self._unenroll,
             "status": self._status,
             "verify": self._verify,
@@ -97,11 +99,12 @@ class Api:
         fields = {field.name: field.default for field in dataclasses.fields(EnrolRequest)}
         del fields["options"]
         texts = {name: _text(request, name, default) for name, default in fields.items()}
-        options = request.get("options", {})
-        if not isinstance(options, dict):
-            raise UsageError("options are a JSON object")
-        chosen = CaptureOptions.from_json(options)
+        chosen = CaptureOptions.from_json(_choices(request))
         return describe(await self._enrolments.enrol(EnrolRequest(**texts, options=chosen)))
+
+    async def _set(self, request: Mapping[str, Any]) -> Any:
+        enrolled = self._enrolments.lookup(_text(request, "netns"))
+        return describe(await self._enrolments.change(enrolled, _choices(request)))
 
     async def _unenroll(self, request: Mapping[str, Any]) -> Any:
         enrolled = self._enrolments.lookup(_text(request, "netns"))
@@ -163,6 +166,13 @@ def _text(request: Mapping[str, Any], name: str, default: object = None) -> str:
     if not isinstance(value, str) or not value.isprintable():
         raise UsageError(f"the request needs {name}, a line of text")
     return value
+
+
+def _choices(request: Mapping[str, Any]) -> dict[str, Any]:
+    options = request.get("options", {})
+    if not isinstance(options, dict):
+        raise UsageError("options are a JSON object")
+    return options
 
 
 def _is_span(value: object) -> bool:

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import trio
 
@@ -208,17 +208,41 @@ class Enrolments:
             await self._proxies.present(self._settings.proxy_timeout)
             await self.unenrol(enrolled)
 
-    async def refresh(self, enrolled: Enrolled) -> None:
-        """Bring the pod's interception in line with the addresses and devices it has now."""
+    async def change(self, enrolled: Enrolled, choices: Mapping[str, Any]) -> Record:
+        """Make other choices for the pod, as `CaptureOptions.changed` takes them.
+
+        Connections that live go on as they began. When it fails the former choices hold.
+        """
         async with enrolled.turn:
             before = enrolled.record
             if before.state is not State.ENROLLED or enrolled.freed.is_set():
-                return
-            # Its own cgroup, not ours of today: its programs are attached there.
-            cgroup = Path(before.cgroup) if before.cgroup else None
-            site = dataclasses.replace(self._settings.site, cgroup=cgroup)
-            interceptor = await self._in_kernel(choose, before.backend, site)
-            await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
+                raise UsageError(f"{before.netns.label} is {before.state.value}", "enrol it first")
+            options = before.options.changed(choices)
+            self._write(enrolled, before.changed(options=options))
+            try:
+                await self._refresh(enrolled)
+            except (PyambientError, OSError):
+                self._write(enrolled, enrolled.record.changed(options=before.options))
+                with contextlib.suppress(PyambientError, OSError):
+                    await self._refresh(enrolled)
+                raise
+        _log.info("changed", pod=str(before.pod), choices=" ".join(choices))
+        return enrolled.record
+
+    async def refresh(self, enrolled: Enrolled) -> None:
+        """Bring the pod's interception in line with the addresses and devices it has now."""
+        async with enrolled.turn:
+            await self._refresh(enrolled)
+
+    async def _refresh(self, enrolled: Enrolled) -> None:
+        before = enrolled.record
+        if before.state is not State.ENROLLED or enrolled.freed.is_set():
+            return
+        # Its own cgroup, not ours of today: its programs are attached there.
+        cgroup = Path(before.cgroup) if before.cgroup else None
+        site = dataclasses.replace(self._settings.site, cgroup=cgroup)
+        interceptor = await self._in_kernel(choose, before.backend, site)
+        await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
         if enrolled.record.addresses != before.addresses:
             addresses = " ".join(enrolled.record.addresses)
             _log.info("addresses changed", pod=str(before.pod), addresses=addresses)

@@ -33,7 +33,8 @@ from pyambient.netns import Netns
 
 _VERSION: Final = 1
 _UID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-_SIZE_LIMIT: Final = 4 << 20
+# 10,000 CIDRs a direction, in the options and as rules of iptables, before and after a change.
+_SIZE_LIMIT: Final = 16 << 20
 
 
 class State(enum.Enum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from pyambient.agent.locate import path_of
 from pyambient.errors import UsageError
 from pyambient.intercept.options import CaptureOptions
 
+from .capture import capture_options
 from .options import (
     Invocation,
     cgroup_option,
@@ -28,6 +30,7 @@ from .options import (
         "pyambient enroll shop --namespace default --service-account shop",
         "pyambient enroll pid:4711 --name shop-1 --namespace default --service-account shop",
         "pyambient enroll shop --namespace default --service-account shop --dry-run",
+        "pyambient enroll db --namespace default --service-account db --exclude-inbound-ports 9090",
     ),
 )
 @click.argument("netns")
@@ -42,6 +45,7 @@ from .options import (
     help="How its traffic is captured.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done; no agent is needed.")
+@capture_options
 @cgroup_option
 @common_options
 @click.pass_context
@@ -56,11 +60,13 @@ def command(  # noqa: PLR0913 - a parameter for each option
     backend: str,
     dry_run: bool,
     cgroup: Path | None,
+    options: dict[str, Any],
 ) -> None:
     """Put the network namespace NETNS into the mesh.
 
     NETNS is a name from 'ip netns', a path, or pid:N. What its processes connect to from now on
-    goes through the proxy, and so does what connects to them. --cgroup counts for --dry-run
+    goes through the proxy, and so does what connects to them, unless the options below leave it
+    out. A list is as 22,8000-8100 or 10.0.0.0/8,fd00::1, or @FILE. --cgroup counts for --dry-run
     only: otherwise it is the agent's.
     """
     require_root("enroll")
@@ -72,12 +78,12 @@ def command(  # noqa: PLR0913 - a parameter for each option
         "service_account": service_account,
         "backend": backend,
     }
-    options = CaptureOptions()
+    chosen = CaptureOptions.from_json(options)
     if dry_run:
         settings = AgentSettings(run_dir, existing_cgroup(cgroup))
-        click.echo(_dry_run(settings, options, **request), nl=False)
+        click.echo(_dry_run(settings, chosen, **request), nl=False)
         return
-    pod = ask(run_dir, "enroll", **request, options=options.to_json())
+    pod = ask(run_dir, "enroll", **request, options=chosen.to_json())
     addresses = " ".join(pod["addresses"]) or "no address yet"
     click.echo(
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"

@@ -30,6 +30,7 @@ class _Entry(NamedTuple):
 _COMMANDS: Final = {
     "up": _Entry("up", "Run agent and proxy together, in the foreground"),
     "enroll": _Entry("enroll", "Put a network namespace into the mesh"),
+    "set": _Entry("set", "Change what of an enrolled namespace is captured"),
     "unenroll": _Entry("unenroll", "Take a network namespace out of the mesh"),
     "status": _Entry("status", "Show what is enrolled"),
     "verify": _Entry("verify", "Prove that a network namespace is captured"),

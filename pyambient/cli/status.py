@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -47,6 +48,8 @@ def command(ctx: click.Context, /, *, output: str) -> None:
         return
     for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
         click.echo(line)
+    for line in _choices(status["pods"]):
+        click.echo(line)
     if status["agent"] and not status["proxies"]:
         click.echo("note: no proxy is connected; what the pods send is refused", err=True)
 
@@ -59,6 +62,15 @@ def _recorded(run_dir: RunDir) -> dict[str, Any]:
     for error in errors:
         click.echo(f"error: {error}", err=True)
     return {"agent": None, "proxies": [], "pods": [describe(record) for record in records]}
+
+
+def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:
+    """What is captured of the pods, where that is not everything."""
+    from pyambient.intercept.options import CaptureOptions  # noqa: PLC0415 - not for --help
+
+    for pod in pods:
+        for line in CaptureOptions.from_json(pod["options"]).in_words():
+            yield f"{pod['netns']}: {line}"
 
 
 def _row(pod: dict[str, Any]) -> list[str]:

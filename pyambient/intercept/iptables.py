@@ -44,6 +44,9 @@ _OPTIONS = {
     Field.CONNECTION_MARK: "--mark",
 }
 _MODULES = {Field.MARK: "-m mark ", Field.CONNECTION_MARK: "-m connmark "}
+# From here on it is worth while to look for rules as they are saved: -C reads all of a chain for
+# each, which takes minutes with 10,000.
+_MANY = 100
 _MOST_RANGES = 7  # multiport has 15 places, and a range takes two
 _TARGETS = {
     Action.ACCEPT: "ACCEPT",
@@ -107,6 +110,9 @@ class _Chains:
 
     def missing(self, pod: Pod) -> str | None:
         rules = [*self._jumps(), *self.rules]
+        if len(rules) > _MANY:
+            found = set(self._saved(pod))
+            rules = [rule for rule in rules if rule not in found]
         try:
             self._restore(pod, self._document([f"-C{rule[2:]}" for rule in rules]))
         except PyambientError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -38,6 +38,17 @@ class CaptureOptions:
     def devices(self) -> tuple[str, ...]:
         """The virtual interfaces, each by its name."""
         return tuple(filter(None, self.virtual_interfaces.split(",")))
+
+    def in_words(self) -> list[str]:
+        """For people, a line for each choice that differs from what holds by itself."""
+        lines = [f"{name} {chosen}" for name, chosen in self._selections() if chosen != EVERYTHING]
+        if self.virtual_interfaces:
+            lines.append(f"outbound what comes in by {self.virtual_interfaces}")
+        return lines
+
+    def _selections(self) -> Iterator[tuple[str, Selection | str]]:
+        yield "outbound", self.outbound
+        yield "inbound", "nothing but HBONE" if self.bypass_inbound else self.inbound
 
     def to_json(self) -> dict[str, Any]:
         """The choices as JSON values."""
