@@ -24,10 +24,12 @@ from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import DnsCapture, PodDetails
 
 from . import sockets
 from .addresses import pod_addresses
+from .dns.forwarder import Forwarder
+from .dns.resolver import resolver_lookup
 from .inbound import Inbound
 from .outbound import Outbound
 from .plaintext import Plaintext
@@ -48,10 +50,11 @@ class Pod:
         self._pool = Pool(scope)
         self._inbound = Inbound(scope)
         self._listeners: list[Listener] = []
+        self.forwarder: Forwarder | None = None
         self.draining = False
 
     def listen(self) -> None:
-        """Bind the pod's three listeners, or none of them; PyambientError if a port is taken."""
+        """Bind the pod's listeners, or none of them; PyambientError if a port is taken."""
         worker, netns = self.scope.worker, self.scope.netns
         handlers = (
             (OUTBOUND_PORT, Outbound(self.scope, self._pool).accepted),
@@ -62,9 +65,31 @@ class Pod:
             for port, accepted in handlers:
                 sock = sockets.listener(netns, port, netfilter=self.scope.netfilter)
                 self._listeners.append(Listener(worker.loop, sock, accepted, worker.shortages))
+            self._forward_dns()
         except BaseException:
             self._stop_listening()
             raise
+
+    def _forward_dns(self) -> None:
+        """Have a forwarder if the pod's DNS is captured, and none if it is not."""
+        capture = self.scope.details.dns
+        if capture is None:
+            self._stop_forwarding()
+        elif self.forwarder is None:
+            self.forwarder = Forwarder(self.scope, resolver_lookup(self.scope, capture))
+        else:
+            self.forwarder.use(resolver_lookup(self.scope, capture))
+
+    def _stop_forwarding(self) -> None:
+        forwarder, self.forwarder = self.forwarder, None
+        if forwarder is not None:
+            forwarder.close()
+
+    def describe(self, details: PodDetails) -> None:
+        """How the pod is intercepted has changed."""
+        before, self.scope.details = self.scope.details, details
+        if (before.backend, before.dns) != (details.backend, details.dns):
+            self._forward_dns()
 
     def _stop_listening(self) -> None:
         listeners, self._listeners = self._listeners, []
@@ -92,8 +117,13 @@ class Pod:
         self._stop_listening()
         self._inbound.drain()
         self._pool.drain()
+        forwarder = self.forwarder
+        if forwarder is not None:
+            forwarder.drain()
         with trio.move_on_after(timeout):
             await self.scope.wait_idle()
+            if forwarder is not None:
+                await forwarder.wait_idle()
         return len(self.scope.live)
 
     def ask_policies_again(self) -> None:
@@ -110,6 +140,7 @@ class Pod:
     def close(self, reason: str) -> None:
         """End every connection of the pod now."""
         self._stop_listening()
+        self._stop_forwarding()
         for connection in list(self.scope.live):
             connection.abort(reason)
         self._inbound.close(reason)
@@ -162,7 +193,7 @@ class Pods:
         """The task of one pod; what goes wrong in it ends this pod and no other."""
         details = self._details.get(ref.uid)
         if details is None:
-            details = PodDetails(_ISTIO_CNI_BACKEND, pod_addresses(netns))
+            details = PodDetails(_ISTIO_CNI_BACKEND, pod_addresses(netns), dns=DnsCapture())
         scope = PodScope(self._worker, ref, netns, details)
         pod = Pod(scope)
         pod.listen()
@@ -175,7 +206,7 @@ class Pods:
             _log.error("internal error, the pod is given up", pod=str(ref), exc_info=error)
             self._end(ref.uid, "internal error")
         finally:
-            scope.stock.close()
+            scope.release_stock()
             netns.close()
 
     async def remove(self, uid: str) -> None:
@@ -214,7 +245,7 @@ class Pods:
         self._details[uid] = details
         pod = self._pods.get(uid)
         if pod is not None:
-            pod.scope.details = details
+            pod.describe(details)
             self._worker.view.publish(pod.scope.published())
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number

@@ -230,7 +230,7 @@ class Pool:
         while True:
             await trio.sleep(_IDLE_CHECK)
             now = trio.current_time()
-            self._scope.stock.close()
+            self._scope.release_stock()
             for pooled in [p for lane in self._lanes.values() for p in lane.tunnels]:
                 self._release_if_idle(pooled, now)
 

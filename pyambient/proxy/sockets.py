@@ -50,7 +50,7 @@ def keep_alive(sock: socket.socket) -> None:
         sock.setsockopt(level, option, value)
 
 
-def _set_transparent(sock: socket.socket) -> None:
+def set_transparent(sock: socket.socket) -> None:
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
     else:
@@ -82,7 +82,7 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], *, marked: bool
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        _set_transparent(sock)
+        set_transparent(sock)
         # A proxy that starts while another drains (upgrade) serves the same ports.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # What it accepts inherits these: five system calls less a connection.
@@ -97,14 +97,15 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], *, marked: bool
 
 
 class Stock:
-    """TCP sockets of a pod, made ahead: the way into its network namespace costs more than they.
+    """Sockets of a pod, made ahead: the way into its network namespace costs more than they.
 
     A pod that needs many gets them by sixteen; `close` gives back what was not taken, and the
     next one is made alone again.
     """
 
-    def __init__(self, netns: Netns) -> None:
+    def __init__(self, netns: Netns, kind: int = socket.SOCK_STREAM) -> None:
         self._netns = netns
+        self._kind = kind | socket.SOCK_NONBLOCK
         self._made: dict[int, list[socket.socket]] = {}
         self._batch = 1
 
@@ -112,9 +113,9 @@ class Stock:
         """A fresh non-blocking socket; OSError if none can be made."""
         made = self._made.get(family)
         if not made:
-            kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-            made = self._made[family] = self._netns.sockets(self._batch, family, kind)
-            self._batch = min(2 * self._batch, _STOCK_MAX)
+            batch, self._batch = self._batch, 1
+            made = self._made[family] = self._netns.sockets(batch, family, self._kind)
+            self._batch = min(2 * batch, _STOCK_MAX)
         return made.pop()
 
     def close(self) -> None:
@@ -144,7 +145,7 @@ def towards_app(stock: Stock, client: SocketAddress, app: SocketAddress) -> sock
     try:
         # The pod calling itself needs no other address, and a family cannot be changed.
         if client.ip != app.ip and client.family == app.family:
-            _set_transparent(sock)
+            set_transparent(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _bind_source(sock, client)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,14 @@ from pyambient.identity.certificate import Certificate, IdentityError
 from pyambient.identity.context import Contexts
 from pyambient.identity.store import CertificateStore
 from pyambient.mesh.view import MeshView
-from pyambient.model.numbers import ANSWER_TIMEOUT, CONNECT_TIMEOUT, OWN_WORKLOAD_TIMEOUT
+from pyambient.model.numbers import (
+    ANSWER_TIMEOUT,
+    CONNECT_TIMEOUT,
+    DNS_IDLE_TIMEOUT,
+    OWN_WORKLOAD_TIMEOUT,
+    QUERIES_IN_FLIGHT,
+    QUERY_TIMEOUT,
+)
 from pyambient.model.policy import ConnectionFacts
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import PodRef, TunnelProtocol, Workload
@@ -24,6 +32,7 @@ from pyambient.netns import Netns
 from pyambient.observe.accesslog import AccessLog, ConnectionRecord
 from pyambient.zds.details import PodDetails
 
+from .dns.budget import Budget
 from .sockets import Stock
 
 NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
@@ -56,11 +65,20 @@ class Worker:
         self.connects = Deadlines(CONNECT_TIMEOUT)
         self.answers = Deadlines(ANSWER_TIMEOUT)
         self.shortages = Deadlines(_SHORTAGE_PAUSE)
+        self.queries = Deadlines(QUERY_TIMEOUT)
+        self.dns_idle = Deadlines(DNS_IDLE_TIMEOUT)
+        self.query_budget = Budget(QUERIES_IN_FLIGHT)
 
     async def run_deadlines(self) -> None:
         """Expire what is overdue, forever."""
         async with trio.open_nursery() as nursery:
-            for deadlines in (self.connects, self.answers, self.shortages):
+            for deadlines in (
+                self.connects,
+                self.answers,
+                self.shortages,
+                self.queries,
+                self.dns_idle,
+            ):
                 nursery.start_soon(deadlines.run)
 
     def __repr__(self) -> str:
@@ -108,12 +126,14 @@ class PodScope:
     live: dict[Live, None] = field(default_factory=dict)
     identity: SpiffeId = field(init=False)
     stock: Stock = field(init=False)
+    datagram_stock: Stock = field(init=False)
     _described: tuple[Workload | None, str] = (None, "")
     idle: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self.identity = self.pod.identity(self.worker.trust_domain)
         self.stock = Stock(self.netns)
+        self.datagram_stock = Stock(self.netns, socket.SOCK_DGRAM)
 
     @property
     def netfilter(self) -> bool:
@@ -126,6 +146,11 @@ class PodScope:
     def workload(self) -> Workload | None:
         """The pod as the mesh sees it: what the mesh file says of it, else its enrolment."""
         return self.worker.view.snapshot.workload_by_uid(self.pod.uid)
+
+    def release_stock(self) -> None:
+        """Give back the sockets that were made ahead."""
+        self.stock.close()
+        self.datagram_stock.close()
 
     def baggage_of(self, workload: Workload | None) -> str:
         """`baggage`, kept for the workload that was asked for last: mostly the pod's own."""

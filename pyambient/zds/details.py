@@ -4,7 +4,8 @@ One packet of a SOCK_SEQPACKET socket is one JSON object. The agent asks, the pr
 answer repeats the question's `id`, so a drain that takes its time holds nothing else up. A proxy
 of another make never connects here, and is served by ZDS alone.
 
-    {"id": 1, "describe": "<uid>", "details": {"backend": "bpf", "addresses": [...], "network": ""}}
+    {"id": 1, "describe": "<uid>", "details": {"backend": "bpf", "addresses": [...], "network": "",
+                                               "dns": {"bpffs": "...", "netns_cookie": 1}}}
     {"id": 2, "drain": "<uid>", "timeout": 30.0}
     {"id": 3, "status": "<uid>"}
     {"id": 3, "result": ...}    or    {"id": 3, "error": "one line"}
@@ -12,6 +13,7 @@ of another make never connects here, and is served by ZDS alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,12 +27,24 @@ class DetailsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class DnsCapture:
+    """That a pod's DNS is captured; with backend `bpf` also where its resolvers are noted."""
+
+    bpffs: str = ""
+    netns_cookie: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PodDetails:
-    """How a pod is intercepted, and its own addresses in canonical text."""
+    """How a pod is intercepted, and its own addresses in canonical text.
+
+    `dns` is None if its DNS is not captured.
+    """
 
     backend: str
     addresses: tuple[str, ...]
     network: str = ""
+    dns: DnsCapture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +97,12 @@ def encode_question(number: int, question: Question) -> bytes:
 
 
 def _details_fields(details: PodDetails) -> dict[str, Any]:
+    dns = details.dns
     return {
         "backend": details.backend,
         "addresses": list(details.addresses),
         "network": details.network,
+        "dns": None if dns is None else dataclasses.asdict(dns),
     }
 
 
@@ -99,12 +115,22 @@ def decode_question(packet: bytes) -> tuple[int, Question]:
             "details": {"backend": str(backend), "addresses": [*addresses], **more},
         }:
             texts = tuple(str(address) for address in addresses)
-            return number, Describe(uid, PodDetails(backend, texts, str(more.get("network", ""))))
+            network, dns = str(more.get("network", "")), _dns_capture(more.get("dns"))
+            return number, Describe(uid, PodDetails(backend, texts, network, dns))
         case {"id": int(number), "drain": str(uid), "timeout": int() | float() as timeout}:
             return number, Drain(uid, float(timeout))
         case {"id": int(number), "status": str(uid)}:
             return number, Status(uid)
     raise DetailsError("a packet that asks nothing known")
+
+
+def _dns_capture(fields: Any) -> DnsCapture | None:
+    match fields:
+        case None:
+            return None
+        case {"bpffs": str(bpffs), "netns_cookie": int(cookie)}:
+            return DnsCapture(bpffs, cookie)
+    raise DetailsError("a packet that says nothing known of DNS")
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -107,7 +107,7 @@ def proxied(bed: Bed, directory: Path, test: Callable[[ProxyRig], Awaitable[None
                 await test(rig)
             await rig.pods.retain(frozenset())
             for scope in rig.scopes:
-                scope.stock.close()
+                scope.release_stock()
             nursery.cancel_scope.cancel()
 
     loop.run(main)

@@ -11,6 +11,7 @@ from pyambient.zds.details import (
     Answer,
     Describe,
     DetailsError,
+    DnsCapture,
     Drain,
     PodDetails,
     Question,
@@ -35,6 +36,19 @@ DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
                     "backend": "bpf",
                     "addresses": ["10.0.0.2", "fd00::2"],
                     "network": "east",
+                    "dns": None,
+                },
+            },
+        ),
+        (
+            Describe("u1", PodDetails("bpf", (), dns=DnsCapture("/sys/fs/bpf/x", 7))),
+            {
+                "describe": "u1",
+                "details": {
+                    "backend": "bpf",
+                    "addresses": [],
+                    "network": "",
+                    "dns": {"bpffs": "/sys/fs/bpf/x", "netns_cookie": 7},
                 },
             },
         ),
@@ -69,6 +83,7 @@ def test_answers_come_back(answer: Answer) -> None:
         b'{"id": "1", "status": "u1"}',
         b'{"id": 1, "drain": "u1", "timeout": "soon"}',
         b'{"id": 1, "describe": "u1", "details": {"backend": "bpf", "addresses": "10.0.0.2"}}',
+        b'{"id": 1, "describe": "u1", "details": {"backend": "a", "addresses": [], "dns": 1}}',
     ],
 )
 def test_what_asks_nothing_is_refused(packet: bytes) -> None:

@@ -1,0 +1,1 @@
+"""The DNS forwarder of a pod: port 15053."""
