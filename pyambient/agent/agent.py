@@ -18,6 +18,7 @@ from .enrolled import Enrolled
 from .enrolment import Enrolments
 from .lock import AgentLock
 from .proxies import Proxies
+from .reconcile import Rounds
 from .records import RecordStore
 from .watcher import watch_existence, watch_network
 
@@ -32,7 +33,8 @@ class Agent:
         self._proxies = Proxies()
         store = RecordStore(settings.run_dir.pods)
         self.enrolments = Enrolments(settings, store, self._proxies, self._hold)
-        self._api = Api(self.enrolments, self._proxies)
+        self._rounds = Rounds(self.enrolments, settings.round_pause)
+        self._api = Api(self.enrolments, self._proxies, self._rounds)
         self._watches: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -43,6 +45,7 @@ class Agent:
             await self.enrolments.adopt_all()
             await nursery.start(self._proxies.serve, run_dir)
             await nursery.start(self._api.serve, run_dir.agent_socket)
+            nursery.start_soon(self._rounds.run)
             _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
             task_status.started()
 
@@ -57,7 +60,8 @@ class Agent:
         try:
             async with trio.open_nursery() as nursery:
                 refresh = partial(self.enrolments.refresh, enrolled)
-                nursery.start_soon(watch_network, enrolled, refresh)
+                inspect = partial(self.enrolments.inspect, enrolled)
+                nursery.start_soon(watch_network, enrolled, refresh, inspect)
                 nursery.start_soon(self._free_when_gone, enrolled)
                 nursery.start_soon(self._attempt, self.enrolments.resume, enrolled)
                 await enrolled.freed.wait()

@@ -26,6 +26,7 @@ from .config import MAX_DRAIN_TIMEOUT
 from .enrolled import EnrolRequest
 from .enrolment import Enrolments
 from .proxies import Proxies
+from .reconcile import Rounds
 from .status import describe
 from .verify import verify
 from .zds_server import listen
@@ -41,9 +42,10 @@ _Command = Callable[[Mapping[str, Any]], Awaitable[Any]]
 class Api:
     """The commands, and the socket that takes them."""
 
-    def __init__(self, enrolments: Enrolments, proxies: Proxies) -> None:
+    def __init__(self, enrolments: Enrolments, proxies: Proxies, rounds: Rounds) -> None:
         self._enrolments = enrolments
         self._proxies = proxies
+        self._rounds = rounds
         self._commands: dict[str, _Command] = {
             "enroll": self._enroll,
             "set": self._set,
@@ -126,8 +128,12 @@ class Api:
                 nursery.start_soon(ask, pod.uid)
         return {
             "agent": {"pid": os.getpid(), "version": __version__},
+            "reconcile": self._rounds.status(),
             "proxies": self._proxies.pids,
-            "pods": [{**describe(pod.record), "proxy": served[pod.uid]} for pod in pods],
+            "pods": [
+                {**describe(pod.record), "repairs": dict(pod.repairs), "proxy": served[pod.uid]}
+                for pod in pods
+            ],
         }
 
     async def _verify(self, request: Mapping[str, Any]) -> Any:

@@ -95,6 +95,7 @@ class AgentSettings:
     bpffs: Path = DEFAULT_BPFFS
     drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
     proxy_timeout: float = 10.0
+    round_pause: float = 5.0
     bpf_loader: str = "libbpf"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -63,13 +64,16 @@ class Enrolled:
     """A pod, its record as it is on disk, and its open network namespace.
 
     `freed` is set when the agent no longer holds the pod; `turn` keeps enrolling, refreshing and
-    freeing of this one pod apart.
+    freeing of this one pod apart. `seen` is the fingerprint with which all its steps were last
+    found in place, `repairs` counts by kind what was not.
     """
 
     record: Record
     netns: Netns
     turn: trio.Lock = field(default_factory=trio.Lock)
     freed: trio.Event = field(default_factory=trio.Event)
+    seen: bytes = b""
+    repairs: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def opened(cls, request: EnrolRequest) -> Self:

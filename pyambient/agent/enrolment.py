@@ -31,13 +31,22 @@ import trio
 
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.choose import choose
-from pyambient.intercept.interface import Stage
+from pyambient.intercept.interface import Stage, Step
 from pyambient.intercept.runner import StepFailed, undo_stages
 from pyambient.observe.logs import get_logger
 
 from .config import AgentSettings
 from .enrolled import Enrolled, EnrolRequest
-from .interception import apply_recorded, bring_up_to_date, free, make_plan, planned, write
+from .interception import (
+    Repair,
+    apply_recorded,
+    bring_up_to_date,
+    free,
+    has_drifted,
+    make_plan,
+    planned,
+    write,
+)
 from .locate import find, record_of, refuse_enrolled
 from .proxies import Proxies
 from .records import Record, RecordStore, State
@@ -232,21 +241,40 @@ class Enrolments:
     async def refresh(self, enrolled: Enrolled) -> None:
         """Bring the pod's interception in line with the addresses and devices it has now."""
         async with enrolled.turn:
-            await self._refresh(enrolled)
+            await self._repair(enrolled)
 
-    async def _refresh(self, enrolled: Enrolled) -> None:
+    async def inspect(self, enrolled: Enrolled, common: set[Step] | None = None) -> None:
+        """Refresh the pod if something of it has got lost; `common` is `has_drifted`'s."""
+        common = set() if common is None else common
+        if enrolled.turn.locked():
+            return  # whoever has the turn sees to the pod
+        async with enrolled.turn:
+            if enrolled.record.state is not State.ENROLLED or enrolled.freed.is_set():
+                return
+            if await self._in_kernel(has_drifted, enrolled, common):
+                await self._repair(enrolled)
+
+    async def _repair(self, enrolled: Enrolled) -> None:
+        repairs = await self._refresh(enrolled)
+        for repair in repairs:
+            pod = str(enrolled.record.pod)
+            _log.warning("repaired", pod=pod, what=repair.what, why=repair.why)
+        enrolled.repairs.update(repair.kind for repair in repairs)
+
+    async def _refresh(self, enrolled: Enrolled) -> list[Repair]:
         before = enrolled.record
         if before.state is not State.ENROLLED or enrolled.freed.is_set():
-            return
+            return []
         # Its own cgroup, not ours of today: its programs are attached there.
         cgroup = Path(before.cgroup) if before.cgroup else None
         site = dataclasses.replace(self._settings.site, cgroup=cgroup)
         interceptor = await self._in_kernel(choose, before.backend, site)
-        await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
+        repairs = await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
         if enrolled.record.addresses != before.addresses:
             addresses = " ".join(enrolled.record.addresses)
             _log.info("addresses changed", pod=str(before.pod), addresses=addresses)
             await self._proxies.describe(enrolled.uid, enrolled.details)
+        return repairs
 
     def _write(self, enrolled: Enrolled, record: Record) -> None:
         write(enrolled, record, self._store)

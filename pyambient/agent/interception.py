@@ -9,13 +9,30 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pyambient.intercept.choose import choose
-from pyambient.intercept.interface import Interceptor, Plan, Pod, Restoring, Site, Step
+from pyambient.intercept.fingerprint import fingerprint, tells
+from pyambient.intercept.interface import (
+    Interceptor,
+    Plan,
+    Pod,
+    Restoring,
+    Site,
+    Step,
+    is_of_node,
+)
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.preflight import preflight
 from pyambient.intercept.rtnetlink import routing
-from pyambient.intercept.runner import StepFailed, apply_stages, refresh, undo_stages
+from pyambient.intercept.runner import (
+    StepFailed,
+    apply_stages,
+    lost,
+    name_of,
+    refresh,
+    undo_stages,
+)
 from pyambient.intercept.survey import survey
 from pyambient.netns import Netns
 
@@ -72,17 +89,49 @@ def _note(enrolled: Enrolled, step: Step, store: RecordStore) -> None:
         write(enrolled, enrolled.record.changed(steps=steps), store)
 
 
-def bring_up_to_date(enrolled: Enrolled, interceptor: Interceptor, store: RecordStore) -> None:
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """Something that was not as the record says and now is; `kind` is what to count it under."""
+
+    kind: str
+    what: str
+    why: str
+
+
+def has_drifted(enrolled: Enrolled, common: set[Step]) -> bool:
+    """Whether anything of the record may have got lost; cheap where nothing was touched.
+
+    `common` are steps that other pods have as well and that were just found in place.
+    """
+    pod, steps = enrolled.target, enrolled.record.steps
+    if fingerprint(pod.netns, steps) != enrolled.seen:
+        return True
+    asked = [step for step in steps if not tells(step) and step not in common]
+    if lost(pod, asked):
+        return True
+    common.update(step for step in asked if is_of_node(step))
+    return False
+
+
+def bring_up_to_date(
+    enrolled: Enrolled, interceptor: Interceptor, store: RecordStore
+) -> list[Repair]:
     """Turn what is applied into what the pod needs now, and apply again what has got lost."""
     pod, record = enrolled.target, enrolled.record
+    seen, enrolled.seen = fingerprint(pod.netns, record.steps), b""
     plan = interceptor.plan(pod, survey(pod.netns), record.options)
+    repairs = []
     if plan.steps != record.steps:
         _change(enrolled, plan, store)
+        repairs.append(Repair("network", "addresses or devices", "they are others than before"))
     if addresses_of(plan) != record.addresses:
         write(enrolled, enrolled.record.changed(addresses=addresses_of(plan)), store)
-    with routing(pod.netns):
-        lost = [step for step in enrolled.record.steps if step.missing(pod)]
-    apply_recorded(enrolled, lost, store)
+    gone = lost(pod, enrolled.record.steps)
+    apply_recorded(enrolled, [step for step, _ in gone], store)
+    repairs += [Repair(step.kind, name_of(step), why) for step, why in gone]
+    if not repairs:
+        enrolled.seen = seen
+    return repairs
 
 
 def _change(enrolled: Enrolled, plan: Plan, store: RecordStore) -> None:

@@ -1,15 +1,17 @@
-"""Watching an enrolled pod: its addresses and devices, and whether it is still there.
+"""Watching an enrolled pod: its network, what was added to it, and whether it is still there.
 
-Addresses and devices are pushed by the kernel (rtnetlink multicast, from a socket that lives in
-the pod). The end of a namespace is not: it is asked for once a second, see `locate`.
+Addresses and devices, routes and rules, filters of tc and rules of nf_tables are pushed by the
+kernel, to netlink sockets that live in the pod. The end of a namespace is not: it is asked for once
+a second, see `locate`.
 """
 
 from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, Self
 
 import trio
 
@@ -19,8 +21,17 @@ from pyambient.observe.logs import get_logger
 from .enrolled import Enrolled
 from .locate import in_use
 
-# RTMGRP_LINK, RTMGRP_IPV4_IFADDR and RTMGRP_IPV6_IFADDR of linux/rtnetlink.h.
-_GROUPS: Final = 0x1 | 0x10 | 0x100
+# Of linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR, and for what is ours
+# RTMGRP_TC, RTMGRP_IPV4_ROUTE, RTMGRP_IPV4_RULE, RTMGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE.
+_NETWORK: Final = 0x1 | 0x10 | 0x100
+_OURS: Final = 0x8 | 0x40 | 0x80 | 0x400 | 1 << 18
+# RTM_NEWLINK to RTM_DELADDR: what a plan is made from.
+_ABOUT_NETWORK: Final = frozenset((16, 17, 20, 21))
+_NETLINK_NETFILTER: Final = 12
+_NF_TABLES: Final = 1 << 6  # NFNLGRP_NFTABLES
+_NETFILTER: Final = ("iptables-", "nftables-")
+_HEADER: Final = struct.Struct("=IH10x")
+_OVERRUN: Final = 4  # NLMSG_OVERRUN
 _BUFFER: Final = 64 << 10
 # A device that comes up sends a handful of messages; one look at the end is enough.
 _SETTLING: Final = 0.05
@@ -28,38 +39,98 @@ _FIRST_RETRY: Final = 1.0
 _LAST_RETRY: Final = 60.0
 _ROLL_CALL: Final = 1.0
 _log = get_logger("watcher")
+_Handler = Callable[[], Awaitable[None]]
 
 
-async def watch_network(enrolled: Enrolled, changed: Callable[[], Awaitable[None]]) -> None:
+async def watch_network(enrolled: Enrolled, changed: _Handler, touched: _Handler) -> None:
     """Await `changed` now and after each change of the pod's links and addresses, for ever.
 
-    A `changed` that fails is logged and tried again, after a second at first.
+    After other changes, of which some are to what we added, it is `touched`. One that fails is
+    logged and tried again, after a second at first.
     """
-    events = enrolled.netns.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    events.bind((0, _GROUPS))
-    events.setblocking(False)
-    with events:
+    with _Events(enrolled) as events:
+        await _until_handled(enrolled, changed)
         while True:
-            await _until_handled(enrolled, changed)
-            await trio.lowlevel.wait_readable(events)
+            await events.wait()
             await trio.sleep(_SETTLING)
-            _discard(events)
+            await _until_handled(enrolled, changed if events.take() else touched)
 
 
-def _discard(events: socket.socket) -> None:
-    """Read what is queued: that something changed is all we want to know."""
+class _Events:
+    """What the kernel tells of a pod, by a socket for each netlink family that matters to it."""
+
+    def __init__(self, enrolled: Enrolled) -> None:
+        self._enrolled = enrolled
+        self._sockets = [self._listen(socket.NETLINK_ROUTE, _NETWORK | _OURS)]
+
+    def _listen(self, family: int, groups: int) -> socket.socket:
+        events = self._enrolled.netns.socket(socket.AF_NETLINK, socket.SOCK_RAW, family)
+        events.bind((0, groups))
+        events.setblocking(False)
+        return events
+
+    async def wait(self) -> None:
+        """Wait until there is something to take."""
+        if len(self._sockets) == 1 and self._has_rules():
+            self._sockets.append(self._listen(_NETLINK_NETFILTER, _NF_TABLES))
+        async with trio.open_nursery() as nursery:
+            for events in self._sockets:
+                nursery.start_soon(self._wait_for, events, nursery.cancel_scope)
+
+    def _has_rules(self) -> bool:
+        """Whether rules of ours are in there; to listen for others would load nf_tables."""
+        return any(step.kind.startswith(_NETFILTER) for step in self._enrolled.record.steps)
+
+    @staticmethod
+    async def _wait_for(events: socket.socket, scope: trio.CancelScope) -> None:
+        await trio.lowlevel.wait_readable(events)
+        scope.cancel()
+
+    def take(self) -> bool:
+        """Read what is queued; whether links or addresses were among it, or may have been."""
+        routing, *others = self._sockets
+        for events in others:
+            _read_all(events)
+        return bool(_read_all(routing) & (_ABOUT_NETWORK | {_OVERRUN}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for events in self._sockets:
+            events.close()
+
+    def __repr__(self) -> str:
+        return f"<Events of {self._enrolled.record.pod}>"
+
+
+def _read_all(events: socket.socket) -> set[int]:
+    """The types of the messages that are queued."""
+    kinds: set[int] = set()
     while True:
         try:
-            events.recv(_BUFFER)
+            messages = events.recv(_BUFFER)
         except BlockingIOError:
-            return
+            return kinds
         except OSError as error:
             # The kernel had more to say than the queue could hold (netlink(7)).
             if error.errno != errno.ENOBUFS:
                 raise
+            kinds.add(_OVERRUN)
+        else:
+            kinds |= _kinds(messages)
 
 
-async def _until_handled(enrolled: Enrolled, changed: Callable[[], Awaitable[None]]) -> None:
+def _kinds(messages: bytes) -> set[int]:
+    kinds, start = set(), 0
+    while start + _HEADER.size <= len(messages):
+        size, kind = _HEADER.unpack_from(messages, start)
+        kinds.add(kind)
+        start += (max(size, _HEADER.size) + 3) & ~3
+    return kinds
+
+
+async def _until_handled(enrolled: Enrolled, changed: _Handler) -> None:
     delay = _FIRST_RETRY
     while True:
         try:

@@ -30,6 +30,7 @@ from .bpf_steps import CapturedDevice, Gate, LoopbackNote, NodeStep, OwnAddress,
 from .egress_guard import EgressGuard
 from .fib import Route, delivery
 from .interface import Plan, Pod, PodNetwork, Site, Step
+from .listeners import ProxyListeners
 from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
@@ -85,6 +86,7 @@ class Bpf:
             *selection_entries(self._bpffs, cookie, options),
             *(Sysctl(name, "1") for name in sysctls),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
+            ProxyListeners(self._bpffs, str(self._cgroup), cookie),
             SkLookup(self._bpffs, cookie, by_ifindex),
             Gate(self._bpffs, cookie),
         )

@@ -91,7 +91,7 @@ class NodePrograms:
                 self._remove_pins()
             ensure_bpffs(self.bpffs)
             try:
-                self._complete(constants)
+                self._complete(constants, repair=pod_directory(self.bpffs, uid).is_dir())
                 pod_directory(self.bpffs, uid).mkdir(parents=True, exist_ok=True)
             except BaseException:
                 self._remove_unclaimed()
@@ -110,8 +110,12 @@ class NodePrograms:
         if not pod_directory(self.bpffs, uid).is_dir():
             return "the pod's directory is gone from bpffs"
         absent = [name for name in MAPS if not (self.directory / name).exists()]
+        pinned = _pinned_identifiers(self.directory)
         try:
-            absent += [hook.pin for hook in HOOKS if not self._is_attached(self.directory, hook)]
+            for hook in HOOKS:
+                attached = self._is_attached(self.directory, hook)
+                if not attached or not _uses(self.directory, hook, pinned):
+                    absent.append(hook.pin)
         except PyambientError as error:
             return error.what
         return f"not pinned or not attached: {' '.join(absent)}" if absent else None
@@ -125,10 +129,14 @@ class NodePrograms:
         finally:
             os.close(fd)
 
-    def _complete(self, constants: Constants) -> None:
+    def _complete(self, constants: Constants, *, repair: bool) -> None:
         directory = self.directory if self.directory.exists() else self._building
-        _pin_lost_maps(directory)
+        if repair or any(not (directory / name).exists() for name in MAPS):
+            _pin_used_maps(directory)
         absent = [hook for hook in HOOKS if not self._is_attached(directory, hook)]
+        if repair:
+            pinned = _pinned_identifiers(directory)
+            absent = [h for h in HOOKS if h in absent or not _uses(directory, h, pinned)]
         if absent:
             self._refuse_foreign_hooks()
             self.proxy_cgroup.mkdir(exist_ok=True)
@@ -274,23 +282,52 @@ def _pinned_maps(directory: Path) -> Iterator[Map]:
             yield pinned
 
 
-def _pin_lost_maps(directory: Path) -> None:
-    """Pin maps again whose pins somebody removed: the attached programs still have them.
+def _pinned_identifiers(directory: Path) -> dict[str, int]:
+    with contextlib.ExitStack() as stack:
+        return {m.name: stack.enter_context(m).identifier for m in _pinned_maps(directory)}
+
+
+def _maps_of(directory: Path, hook: Hook) -> tuple[int, ...]:
+    """The ids of the maps of the program that runs for a hook; none where it is not attached."""
+    link = Link.open_pinned(directory / hook.pin)
+    if link is None:
+        return ()
+    with link:
+        program = program_info(link.info().program)
+    return program.maps if program else ()
+
+
+def _uses(directory: Path, hook: Hook, pinned: dict[str, int]) -> bool:
+    """Whether a hook's program works with the maps that are pinned, not with others."""
+    for identifier in _maps_of(directory, hook):
+        with Map.open_by_identifier(identifier) as held:
+            if held.name in MAPS and pinned.get(held.name) != identifier:
+                return False
+    return True
+
+
+def _pin_used_maps(directory: Path) -> None:
+    """Pin maps again whose pins somebody removed or replaced: the attached programs have them.
 
     A map made anew would not know the listeners that the proxy has already.
     """
-    if not directory.exists() or all((directory / name).exists() for name in MAPS):
-        return
+    done: set[str] = set()
     for hook in HOOKS:
-        link = Link.open_pinned(directory / hook.pin)
-        if link is None:
-            continue
-        with link:
-            program = program_info(link.info().program)
-        for identifier in program.maps if program else ():
+        for identifier in _maps_of(directory, hook):
             with Map.open_by_identifier(identifier) as held:
-                if held.name in MAPS and not (directory / held.name).exists():
-                    held.pin(directory / held.name)
+                if held.name in MAPS and held.name not in done:
+                    done.add(held.name)
+                    _pin_instead(held, directory / held.name)
+
+
+def _pin_instead(used: Map, path: Path) -> None:
+    pinned = Map.open_pinned(path)
+    if pinned is not None:
+        with pinned:
+            if pinned.identifier == used.identifier:
+                return
+    path.unlink(missing_ok=True)
+    used.pin(path)
 
 
 def _pin_new(

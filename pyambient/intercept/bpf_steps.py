@@ -51,6 +51,7 @@ class NodeStep:
 
     kind: ClassVar[str] = "bpf-node"
     stage: ClassVar[Stage] = Stage.PREPARE
+    of_node: ClassVar[bool] = True
 
     bpffs: str
     cgroup: str

@@ -147,6 +147,11 @@ class Replacing(Protocol):
         """Whether `earlier`, which is in place, is ended by applying this one."""
 
 
+def is_of_node(step: Step) -> bool:
+    """Whether the step is the same one for every pod that has it: its class says `of_node`."""
+    return bool(getattr(step, "of_node", False))
+
+
 _kinds: dict[str, type[Any]] = {}
 
 

@@ -87,8 +87,13 @@ def _takes_over(step: Step, earlier: Step) -> bool:
 
 def verify(pod: Pod, steps: Iterable[Step]) -> list[str]:
     """One line for each step that is not in place any more: what it is, and what is missing."""
+    return [f"{name_of(step)}: {why}" for step, why in lost(pod, steps)]
+
+
+def lost(pod: Pod, steps: Iterable[Step]) -> list[tuple[Step, str]]:
+    """The steps that are not in place any more, each with what is missing."""
     with session(pod.netns):
-        return [f"{_name(step)}: {why}" for step in steps if (why := _missing(pod, step))]
+        return [(step, why) for step in steps if (why := _missing(pod, step))]
 
 
 def _in_order(steps: Iterable[Step], stages: Collection[Stage]) -> list[Step]:
@@ -116,7 +121,7 @@ def _missing(pod: Pod, step: Step) -> str | None:
 def _not_applied(
     pod: Pod, step: Step, error: Exception, left: list[tuple[Step, Exception]]
 ) -> StepFailed:
-    what = f"{pod.netns.name}: '{_name(step)}' failed: {_reason(error)}"
+    what = f"{pod.netns.name}: '{name_of(step)}' failed: {_reason(error)}"
     if left:
         what += f"; not undone: {_list(left)}"
     then = error.then if isinstance(error, PyambientError) else ""
@@ -127,10 +132,11 @@ def _not_applied(
 
 
 def _list(failures: Iterable[tuple[Step, Exception]]) -> str:
-    return ", ".join(f"'{_name(step)}' ({_reason(error)})" for step, error in failures)
+    return ", ".join(f"'{name_of(step)}' ({_reason(error)})" for step, error in failures)
 
 
-def _name(step: Step) -> str:
+def name_of(step: Step) -> str:
+    """The step in a line."""
     return step.describe().partition("\n")[0]
 
 

@@ -18,10 +18,11 @@ from pyambient.netns import Netns
 
 from .interface import Pod, Stage, step
 
-_RESERVED = "net.ipv4.ip_local_reserved_ports"
+RESERVED = "net.ipv4.ip_local_reserved_ports"
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
+    """The file of a sysctl, for whoever is in the namespace that it is about."""
     return Path("/proc/sys", *name.split("."))
 
 
@@ -29,14 +30,14 @@ def read(netns: Netns, name: str) -> str | None:
     """The value of the sysctl in the namespace; None if this kernel or namespace lacks it."""
     with netns.entered():
         try:
-            return _path(name).read_text("ascii").strip()
+            return path_of(name).read_text("ascii").strip()
         except FileNotFoundError:
             return None
 
 
 def _write(netns: Netns, name: str, value: str) -> None:
     with netns.entered():
-        _path(name).write_text(f"{value}\n", "ascii")
+        path_of(name).write_text(f"{value}\n", "ascii")
 
 
 def _read_existing(pod: Pod, name: str) -> str:
@@ -96,26 +97,26 @@ class ReservedPorts:
     added: tuple[int, ...] = field(default=(), compare=False)
 
     def describe(self) -> str:
-        return f"sysctl -w {_RESERVED}+={','.join(map(str, self.ports))}"
+        return f"sysctl -w {RESERVED}+={','.join(map(str, self.ports))}"
 
     def observed(self, pod: Pod) -> Self:
-        absent = set(self.ports) - _parse_ports(_read_existing(pod, _RESERVED))
+        absent = set(self.ports) - _parse_ports(_read_existing(pod, RESERVED))
         return dataclasses.replace(self, added=tuple(sorted(absent | set(self.added))))
 
     def apply(self, pod: Pod) -> Self:
         observed = self.observed(pod)
-        current = _parse_ports(read(pod.netns, _RESERVED) or "")
+        current = _parse_ports(read(pod.netns, RESERVED) or "")
         if not current.issuperset(self.ports):
-            _write(pod.netns, _RESERVED, _format_ports(current.union(self.ports)))
+            _write(pod.netns, RESERVED, _format_ports(current.union(self.ports)))
         return observed
 
     def undo(self, pod: Pod) -> None:
-        current = _parse_ports(read(pod.netns, _RESERVED) or "")
+        current = _parse_ports(read(pod.netns, RESERVED) or "")
         if current.intersection(self.added):
-            _write(pod.netns, _RESERVED, _format_ports(current.difference(self.added)))
+            _write(pod.netns, RESERVED, _format_ports(current.difference(self.added)))
 
     def missing(self, pod: Pod) -> str | None:
-        absent = set(self.ports) - _parse_ports(read(pod.netns, _RESERVED) or "")
+        absent = set(self.ports) - _parse_ports(read(pod.netns, RESERVED) or "")
         return f"not reserved: {_format_ports(absent)}" if absent else None
 
 

@@ -6,6 +6,7 @@ in the pods, and nobody behind them.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -26,6 +27,7 @@ from pyambient.intercept.interface import Pod, Step
 from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
+from pyambient.observe.logs import configure
 from pyambient.proxy import sockets
 from pyambient.proxy.details_client import serve_details
 from pyambient.proxy.zds_client import serve_zds
@@ -42,7 +44,9 @@ class Rig:
         self.bed = bed
         self.run_dir = RunDir(directory / "run")
         self.store = RecordStore(self.run_dir.pods)
-        self.settings = AgentSettings(self.run_dir, bed.cgroup.path, proxy_timeout=5)
+        self.settings = AgentSettings(
+            self.run_dir, bed.cgroup.path, proxy_timeout=5, round_pause=0.5
+        )
         self.run_dir.prepare()
 
     def start_agent(self, sabotage: Callable[[], None] | None = None) -> Child:
@@ -76,6 +80,11 @@ class Rig:
     def enroll(self, pod: BedPod, backend: str = "bpf") -> dict[str, Any]:
         names = {"name": pod.name, "namespace": "default", "service_account": pod.name}
         return dict(self.ask("enroll", netns=pod.path, backend=backend, **names))
+
+    def logged(self, message: str) -> list[dict[str, Any]]:
+        """The agent's log lines with this message so far."""
+        lines = (self.run_dir.path / "log").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if line["message"] == message]
 
     def records(self) -> dict[str, Record]:
         """What is on disk, by the pods' names."""
@@ -122,6 +131,8 @@ class DieAfter:
 def _run_agent(
     channel: Channel, settings: AgentSettings, sabotage: Callable[[], None] | None
 ) -> None:
+    log = (settings.run_dir.path / "log").open("a", buffering=1)
+    configure("json", "info", lambda line: print(line, file=log))
     if sabotage is not None:
         _call_after_each_step(sabotage)
     with AgentLock(settings.run_dir):

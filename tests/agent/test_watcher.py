@@ -114,7 +114,7 @@ def test_a_change_that_cannot_be_followed_is_tried_again(
             followed.set()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_network, enrolled, changed)
+            nursery.start_soon(watch_network, enrolled, changed, changed)
             with trio.fail_after(20):
                 await followed.wait()
             nursery.cancel_scope.cancel()
