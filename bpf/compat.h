@@ -136,6 +136,8 @@ enum { maps_before = __COUNTER__ };
 #define map_lookup(name, key) bpf_map_lookup_elem(MAP(name), (void *)(key))
 #define map_update(name, key, value) \
 	bpf_map_update_elem(MAP(name), (void *)(key), (void *)(value), BPF_ANY)
+#define map_insert(name, key, value) \
+	bpf_map_update_elem(MAP(name), (void *)(key), (void *)(value), BPF_NOEXIST)
 #define map_delete(name, key) bpf_map_delete_elem(MAP(name), (void *)(key))
 #define storage_get(name, sk, flags) bpf_sk_storage_get(MAP(name), (void *)(sk), 0, flags)
 

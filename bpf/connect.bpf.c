@@ -18,39 +18,23 @@
 #define SOL_SOCKET	1
 #define SO_BINDTODEVICE	25
 #define SO_MARK		36
-#define ENETUNREACH	101
-#define ECONNREFUSED	111
 
 DEFINE_LISTENERS;
 DEFINE_PODS;
+DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
 DEFINE_DEVICES;
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 DEFINE_CONSTANTS;
 
-/* One volatile load: else clang 14 selects between two pointers into the socket. */
-static __always_inline __u32 load(const volatile __u32 *field)
-{
-	__u32 value = *field;
-
-	barrier_var(value);
-	return value;
-}
+#include "hooks.h"
 
 static __always_inline int set_mark(struct bpf_sock_addr *ctx, __u32 mark)
 {
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
 		return DENY;
 	return ALLOW;
-}
-
-/* The app learns at once that nobody will answer, as from a closed port. */
-static __always_inline int refuse(int error)
-{
-	if (constant(has_set_retval))
-		bpf_set_retval(-error);
-	return DENY;
 }
 
 static __always_inline int has_route(struct bpf_sock *sk, __u64 netns, __u32 family)
@@ -61,11 +45,15 @@ static __always_inline int has_route(struct bpf_sock *sk, __u64 netns, __u32 fam
 	return !key.index || map_lookup(devices, &key);
 }
 
-static __always_inline int has_listener(__u64 netns)
+/* The port sk_lookup will choose, too (lookup.bpf.c). */
+static __always_inline int has_listener(struct bpf_sock_addr *ctx, __u64 netns)
 {
 	struct listener key = { .netns = netns, .port = OUTBOUND_PORT };
-	struct bpf_sock *sk = map_lookup(listeners, &key);
+	struct bpf_sock *sk;
 
+	if (ctx->user_port == bpf_htons(RESOLVER_PORT) && map_lookup(dns_pods, &netns))
+		key.port = DNS_PORT;
+	sk = map_lookup(listeners, &key);
 	if (!sk)
 		return 0;
 	bpf_sk_release(sk);
@@ -126,7 +114,7 @@ static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct b
 
 	if (!has_route(sk, netns, family))
 		return refuse(ENETUNREACH);
-	if (!has_listener(netns))
+	if (!has_listener(ctx, netns))
 		return refuse(ECONNREFUSED);
 	decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!decided)

@@ -13,10 +13,10 @@
 #include "maps.h"
 #include "selection.h"
 
-#define LOOPBACK_IFINDEX 1
 #define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
 
 DEFINE_LISTENERS;
+DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
 DEFINE_UPSTREAMS;
 DEFINE_NOTES;
@@ -106,6 +106,16 @@ static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct addre
 	return inbound_from_outside(ctx, remote->ip);
 }
 
+/* DNS over TCP has a listener of its own. */
+static __always_inline __u32 outbound_port(struct bpf_sk_lookup *ctx)
+{
+	__u64 netns = constant(netns);
+
+	if (ctx->local_port == RESOLVER_PORT && map_lookup(dns_pods, &netns))
+		return DNS_PORT;
+	return OUTBOUND_PORT;
+}
+
 /*
  * To an address that is not this pod's: the rule for marked packets brought it
  * here. Neither end known means an address that is not recorded yet, so that
@@ -116,7 +126,7 @@ static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct addr
 {
 	if (is_loopback(local->ip))
 		return SK_PASS;
-	return from_pod ? steer_to(ctx, OUTBOUND_PORT) : SK_DROP;
+	return from_pod ? steer_to(ctx, outbound_port(ctx)) : SK_DROP;
 }
 
 /*

@@ -16,6 +16,7 @@
 #define INBOUND_PORT	15006
 #define HBONE_PORT	15008
 #define DNS_PORT	15053
+#define RESOLVER_PORT	53
 
 #define MARK_MASK	0xfff
 #define LOOPBACK_MARK	0x111
@@ -62,6 +63,20 @@ struct note {
 	__u64 time;
 };
 
+/* One of the numbered addresses in a pod that stand for the resolvers its apps ask. */
+struct slot {
+	__u64 netns;
+	__u32 number;
+	__u32 padding;
+};
+
+struct resolver {
+	__u32 ip[4];
+	__u64 used;	/* when, at the last time (bpf_ktime_get_ns()) */
+	__u32 scope;	/* of a link-local address: the index of its device, 0 if unknown */
+	__u32 padding;
+};
+
 /* The gate: connect and bind hooks leave every namespace alone that is not in here. */
 #define DEFINE_PODS DEFINE_HASH(pods, __u64, struct pod, 4096)
 
@@ -90,6 +105,14 @@ struct note {
 #define DEFINE_CAPTURED_SOCKETS DEFINE_SK_STORAGE(captured_socks, __u8, 0)
 #define CAPTURED	1	/* given to the proxy */
 #define EXCLUDED	2	/* goes its way, as the pod's selection wants it */
+
+/* The pods whose DNS goes to the proxy, while they are enrolled. */
+#define DEFINE_DNS_PODS DEFINE_HASH(dns_pods, __u64, __u8, 4096)
+
+/* Which resolver a slot of a pod stands for (dns.bpf.c). */
+#define DEFINE_RESOLVERS DEFINE_HASH(resolvers, struct slot, struct resolver, 131072)
+
+#define LOOPBACK_IFINDEX 1
 
 #define AF_INET		2
 #define AF_INET6	10

@@ -47,6 +47,12 @@ _SECTIONS: Final = {
     "cgroup/bind6": (18, AttachType.BIND6),
     "cgroup/connect4": (18, AttachType.CONNECT4),
     "cgroup/connect6": (18, AttachType.CONNECT6),
+    "cgroup/sendmsg4": (18, AttachType.UDP4_SENDMSG),
+    "cgroup/sendmsg6": (18, AttachType.UDP6_SENDMSG),
+    "cgroup/recvmsg4": (18, AttachType.UDP4_RECVMSG),
+    "cgroup/recvmsg6": (18, AttachType.UDP6_RECVMSG),
+    "cgroup/getpeername4": (18, AttachType.GETPEERNAME4),
+    "cgroup/getpeername6": (18, AttachType.GETPEERNAME6),
     "sk_lookup": (30, AttachType.SK_LOOKUP),
     "tc": (3, _NO_ATTACH_TYPE),
 }

@@ -22,13 +22,23 @@ with the default capabilities can set one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from pyambient.errors import PyambientError
 
-from .bpf_steps import CapturedDevice, Gate, LoopbackNote, NodeStep, OwnAddress, SkLookup
+from .bpf_steps import (
+    CapturedDevice,
+    DnsGate,
+    DnsSlots,
+    Gate,
+    LoopbackNote,
+    NodeStep,
+    OwnAddress,
+    SkLookup,
+)
 from .egress_guard import EgressGuard
-from .fib import Route, delivery
+from .fib import Route, SlotRoute, delivery
 from .interface import Plan, Pod, PodNetwork, Site, Step
 from .listeners import ProxyListeners
 from .loader import Constants
@@ -78,6 +88,7 @@ class Bpf:
             ReservedPorts(),
             *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
             *routing,
+            *(_dns(self._bpffs, cookie, routes) if options.dns else ()),
             *(
                 CapturedDevice(self._bpffs, cookie, r.ipv6, r.device, r.source, r.metric)
                 for r in routes
@@ -88,9 +99,16 @@ class Bpf:
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
             ProxyListeners(self._bpffs, str(self._cgroup), cookie),
             SkLookup(self._bpffs, cookie, by_ifindex),
+            *((DnsGate(self._bpffs, cookie),) if options.dns else ()),
             Gate(self._bpffs, cookie),
         )
         return Plan(self.name, network, steps)
 
     def __repr__(self) -> str:
         return f"<Bpf on {self._cgroup}, pins in {self._bpffs}>"
+
+
+def _dns(bpffs: str, cookie: int, routes: Iterable[Route]) -> tuple[Step, ...]:
+    """What DNS needs besides its gate; a device that is said to capture does so for DNS, too."""
+    slots = (SlotRoute(r.ipv6, r.device, r.source, r.metric) for r in routes)
+    return (DnsSlots(bpffs, cookie), *slots)

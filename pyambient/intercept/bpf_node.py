@@ -35,11 +35,13 @@ from pyambient.errors import PyambientError
 from .kernel_objects import AttachType, Link, Map, effective_programs, program_info
 from .loader import Constants, LoadedObject, load
 from .mounts import ensure_bpffs
+from .original_dns import RESOLVERS_MAP
 
 _LOCK_SECONDS: Final = 10.0
 MAPS: Final = (
     *("pods", "addresses", "devices", "listeners"),
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
+    *("dns_pods", RESOLVERS_MAP),
 )
 PROGRAM_PREFIX: Final = "pyamb_"
 
@@ -66,6 +68,14 @@ HOOKS: Final = (
     Hook("bind", "pyamb_bind6", AttachType.BIND6),
     Hook("connect", "pyamb_connect4", AttachType.CONNECT4),
     Hook("connect", "pyamb_connect6", AttachType.CONNECT6),
+    Hook("dns", "pyamb_dns_conn4", AttachType.CONNECT4),
+    Hook("dns", "pyamb_dns_conn6", AttachType.CONNECT6),
+    Hook("dns", "pyamb_dns_send4", AttachType.UDP4_SENDMSG),
+    Hook("dns", "pyamb_dns_send6", AttachType.UDP6_SENDMSG),
+    Hook("dns", "pyamb_dns_recv4", AttachType.UDP4_RECVMSG),
+    Hook("dns", "pyamb_dns_recv6", AttachType.UDP6_RECVMSG),
+    Hook("dns", "pyamb_dns_peer4", AttachType.GETPEERNAME4),
+    Hook("dns", "pyamb_dns_peer6", AttachType.GETPEERNAME6),
 )
 
 

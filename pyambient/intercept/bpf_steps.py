@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 
 from pyambient.errors import PyambientError
 from pyambient.model.address import packed_ip
+from pyambient.model.numbers import DNS_SLOT_COUNT
 
 from . import lo_filter
 from .bpf_node import (
@@ -31,8 +32,9 @@ from .bpf_node import (
 from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
+from .original_dns import RESOLVERS_MAP, slot_key
 
-_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections")
+_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections", "dns_pods")
 _LINK_PIN = "sk_lookup"
 _NOTES_PIN = "notes"
 
@@ -183,6 +185,57 @@ class CapturedDevice(_MapEntry):
 
     def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
         return b"\1"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class DnsGate(_MapEntry):
+    """From here on the pod's DNS is captured, too."""
+
+    kind: ClassVar[str] = "bpf-dns-gate"
+    stage: ClassVar[Stage] = Stage.GATE
+    map_name: ClassVar[str] = "dns_pods"
+
+    def describe(self) -> str:
+        return "bpf map dns_pods += this network namespace"
+
+    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
+        return b"\1"
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class DnsSlots:
+    """The pod's slots for resolvers: the hooks fill them, un-enrolment empties them.
+
+    That is the very last, as answers that the pod awaits while it is released need them.
+    """
+
+    kind: ClassVar[str] = "bpf-dns-slots"
+    stage: ClassVar[Stage] = Stage.APPLY
+
+    bpffs: str
+    cookie: int
+
+    def describe(self) -> str:
+        return f"bpf map {RESOLVERS_MAP}: up to {DNS_SLOT_COUNT} of this network namespace"
+
+    def apply(self, pod: Pod) -> Self:  # noqa: ARG002 - nothing to add
+        return self
+
+    def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the cookie is never used again
+        entries = node_map(Path(self.bpffs), RESOLVERS_MAP)
+        if entries is not None:
+            with entries:
+                for number in range(DNS_SLOT_COUNT):
+                    entries.delete(slot_key(self.cookie, number))
+
+    def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - it is one map for all
+        entries = node_map(Path(self.bpffs), RESOLVERS_MAP)
+        if entries is None:
+            return f"the BPF map {RESOLVERS_MAP} is gone"
+        entries.close()
+        return None
 
 
 @step

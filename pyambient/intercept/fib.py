@@ -27,6 +27,9 @@ from typing import Any, ClassVar, Self
 
 from pyambient.model.numbers import (
     DEVICE_METRIC,
+    DNS_SLOT_COUNT,
+    DNS_SLOTS_V4,
+    DNS_SLOTS_V6,
     LOOPBACK_MARK,
     LOOPBACK_METRIC,
     MARK_MASK,
@@ -39,6 +42,8 @@ from .interface import Pod, PodNetwork, Stage, Step, step
 from .rtnetlink import device_names, request, routing, session
 
 _LOCAL = 2  # RTN_LOCAL
+_LOCAL_TABLE = 255  # RT_TABLE_LOCAL
+_SLOT_BITS = DNS_SLOT_COUNT.bit_length() - 1
 _HOST_SCOPE = 254  # RT_SCOPE_HOST
 _TO_TABLE = 1  # FR_ACT_TO_TBL
 _UNREACHABLE = 7  # FR_ACT_UNREACHABLE
@@ -60,17 +65,23 @@ class Route:
 
     kind: ClassVar[str] = "route"
     stage: ClassVar[Stage] = Stage.APPLY
+    table: ClassVar[int] = ROUTE_TABLE
+    destinations: ClassVar[tuple[str, str]] = ("default", "default")  # IPv4, IPv6
 
     ipv6: bool
     device: str
     source: str | None
     metric: int
 
+    @property
+    def destination(self) -> str:
+        return self.destinations[self.ipv6]
+
     def describe(self) -> str:
         source = f" src {self.source}" if self.source else ""
         return (
-            f"{_ip(ipv6=self.ipv6)} route add local default dev {self.device}{source}"
-            f" metric {self.metric} table {ROUTE_TABLE}"
+            f"{_ip(ipv6=self.ipv6)} route add local {self.destination} dev {self.device}{source}"
+            f" metric {self.metric} table {self.table}"
         )
 
     def apply(self, pod: Pod) -> Self:
@@ -81,7 +92,7 @@ class Route:
         added = request(pod.netns, lambda kernel: kernel.route("add", **fields), {errno.EEXIST})
         # IPv4 says EEXIST for any route of this metric, whatever its device and source.
         if not added and self.missing(pod):
-            raise FileExistsError(errno.EEXIST, f"table {ROUTE_TABLE} holds another such route")
+            raise FileExistsError(errno.EEXIST, f"table {self.table} holds another such route")
         return self
 
     def undo(self, pod: Pod) -> None:
@@ -91,7 +102,7 @@ class Route:
             request(pod.netns, lambda kernel: kernel.route("del", **fields), _GONE)
 
     def missing(self, pod: Pod) -> str | None:
-        routes = _routes_in(pod.netns, ipv6=self.ipv6)
+        routes = _routes_in(pod.netns, type(self), ipv6=self.ipv6)
         return None if self in routes else "the route is gone"
 
     def _device_index(self, pod: Pod) -> int | None:
@@ -101,14 +112,30 @@ class Route:
     def _fields(self, index: int) -> dict[str, Any]:
         return {
             "family": _family(ipv6=self.ipv6),
-            "table": ROUTE_TABLE,
+            "table": self.table,
             "type": _LOCAL,
             "scope": 0 if self.ipv6 else _HOST_SCOPE,
-            "dst": "default",
+            "dst": self.destination,
             "oif": index,
             "priority": self.metric,
             **({"prefsrc": self.source} if self.source else {}),
         }
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class SlotRoute(Route):
+    """A route to the addresses that stand for resolvers, with the source the app gets for them.
+
+    They are in the kernel's own table of local addresses: what is sent to them carries no mark.
+    """
+
+    kind: ClassVar[str] = "slot-route"
+    table: ClassVar[int] = _LOCAL_TABLE
+    destinations: ClassVar[tuple[str, str]] = (
+        f"{DNS_SLOTS_V4}/{32 - _SLOT_BITS}",
+        f"{DNS_SLOTS_V6}/{128 - _SLOT_BITS}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,17 +234,18 @@ def foreign(netns: Netns, recorded: Iterable[Step] = ()) -> list[str]:
     found: list[tuple[Route | Rule | UnreachableRule | None, str]] = []
     with session(netns):
         for ipv6 in (False, True):
-            found += [(r, f"a route in table {ROUTE_TABLE}") for r in _routes_in(netns, ipv6=ipv6)]
+            routes = _routes_in(netns, Route, ipv6=ipv6)
+            found += [(r, f"a route in table {ROUTE_TABLE}") for r in routes]
             found += [(r, f"the ip rule {where}") for r, where in _rules_in(netns, ipv6=ipv6)]
     return [what for step, what in found if step is None or step not in ours]
 
 
-def _routes_in(netns: Netns, *, ipv6: bool) -> list[Route | None]:
-    """The routes of our table; None for one that is not of our form."""
+def _routes_in(netns: Netns, kind: type[Route], *, ipv6: bool) -> list[Route | None]:
+    """The routes of a kind's table; None for one that is not of its form."""
     with routing(netns) as kernel:
-        messages = kernel.get_routes(family=_family(ipv6=ipv6), table=ROUTE_TABLE)
+        messages = kernel.get_routes(family=_family(ipv6=ipv6), table=kind.table)
         devices = device_names(netns)
-        return [_route_of(message, devices) for message in messages]
+        return [_route_of(message, kind, devices) for message in messages]
 
 
 def _rules_in(netns: Netns, *, ipv6: bool) -> list[tuple[Rule | UnreachableRule | None, str]]:
@@ -233,15 +261,17 @@ def _rules_in(netns: Netns, *, ipv6: bool) -> list[tuple[Rule | UnreachableRule 
     return rules
 
 
-def _route_of(message: Any, devices: dict[int, str]) -> Route | None:
-    if message["type"] != _LOCAL or message["dst_len"]:
-        return None
-    return Route(
+def _route_of(message: Any, kind: type[Route], devices: dict[int, str]) -> Route | None:
+    route = kind(
         ipv6=message["family"] == socket.AF_INET6,
         device=devices.get(message.get_attr("RTA_OIF"), ""),
         source=message.get_attr("RTA_PREFSRC"),
         metric=message.get_attr("RTA_PRIORITY") or 0,
     )
+    length = message["dst_len"]
+    destination = f"{message.get_attr('RTA_DST')}/{length}" if length else "default"
+    is_ours = message["type"] == _LOCAL and destination == route.destination
+    return route if is_ours else None
 
 
 def _rule_of(message: Any) -> Rule | UnreachableRule | None:

@@ -51,6 +51,12 @@ class AttachType(enum.IntEnum):
     BIND6 = 9
     CONNECT4 = 10
     CONNECT6 = 11
+    UDP4_SENDMSG = 14
+    UDP6_SENDMSG = 15
+    UDP4_RECVMSG = 19
+    UDP6_RECVMSG = 20
+    GETPEERNAME4 = 29
+    GETPEERNAME6 = 30
     SK_LOOKUP = 36
     TCX_INGRESS = 46
     TCX_EGRESS = 47

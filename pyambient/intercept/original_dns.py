@@ -31,10 +31,13 @@ from .ctnetlink import Conntrack, Flow
 from .kernel_objects import Map
 
 RESOLVERS_MAP: Final = "resolvers"
+DEVICES_MAP: Final = "devices"
 RESOLVER_PORT: Final = 53
-# struct slot and struct resolver of bpf/dns.bpf.c.
+# struct slot, struct resolver and struct device of bpf/maps.h.
 _SLOT: Final = struct.Struct("=QII")
 _RESOLVER: Final = struct.Struct("=16sQII")
+_DEVICE: Final = struct.Struct("=QII")
+_LO: Final = 1  # the index of lo in every network namespace
 _V4_SLOTS: Final = int.from_bytes(socket.inet_pton(socket.AF_INET, DNS_SLOTS_V4))
 _V6_SLOTS: Final = int.from_bytes(socket.inet_pton(socket.AF_INET6, DNS_SLOTS_V6))
 _FE80: Final = bytes((0xFE, 0x80))
@@ -55,11 +58,20 @@ class ResolverLookup(Protocol):
 
 def bpf_resolvers(bpffs: Path, netns_cookie: int) -> ResolverLookup:
     """For a pod of the backend `bpf`; PyambientError where its maps are not pinned."""
-    pin = bpffs / "node" / RESOLVERS_MAP
-    pinned = Map.open_pinned(pin)
-    if pinned is None:
+    slots = _pinned(bpffs, RESOLVERS_MAP)
+    try:
+        return _Slots(slots, _pinned(bpffs, DEVICES_MAP), netns_cookie)
+    except PyambientError:
+        slots.close()
+        raise
+
+
+def _pinned(bpffs: Path, name: str) -> Map:
+    pin = bpffs / "node" / name
+    found = Map.open_pinned(pin)
+    if found is None:
         raise PyambientError(f"the BPF map {pin} is gone", "enrol the pod again")
-    return _Slots(pinned, netns_cookie)
+    return found
 
 
 def conntrack_resolvers(netns: Netns) -> ResolverLookup:
@@ -76,29 +88,48 @@ def slot_number(ip: str) -> int | None:
     return number if 0 <= number < DNS_SLOT_COUNT else None
 
 
+def slot_key(netns_cookie: int, number: int) -> bytes:
+    """The key of a slot in the map."""
+    return _SLOT.pack(netns_cookie, number, 0)
+
+
 class _Slots:
-    def __init__(self, slots: Map, cookie: int) -> None:
+    def __init__(self, slots: Map, devices: Map, cookie: int) -> None:
         self._slots = slots
+        self._devices = devices
         self._cookie = cookie
 
     def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:  # noqa: ARG002 - the slot says it all
         number = slot_number(local_ip)
-        found = None if number is None else self._slots.get(_SLOT.pack(self._cookie, number, 0))
-        return None if found is None else _address(*_RESOLVER.unpack(found))
+        found = None if number is None else self._slots.get(slot_key(self._cookie, number))
+        if found is None:
+            return None
+        packed, _, scope, _ = _RESOLVER.unpack(found)
+        ip = canonical_ip(socket.inet_ntop(socket.AF_INET6, packed))
+        if not packed.startswith(_FE80):
+            return ip
+        scope = scope or self._only_device()
+        return f"{ip}%{scope}" if scope else None
+
+    def _only_device(self) -> int:
+        """The device of the pod with IPv6, if it has just one; else 0.
+
+        Hooks do not learn the scope that an app gives with a link-local address.
+        """
+        devices = map(_DEVICE.unpack, list(self._devices.keys()))
+        found = [
+            index
+            for cookie, index, family in devices
+            if (cookie, family) == (self._cookie, socket.AF_INET6) and index != _LO
+        ]
+        return found[0] if len(found) == 1 else 0
 
     def close(self) -> None:
         self._slots.close()
+        self._devices.close()
 
     def __repr__(self) -> str:
         return f"<resolvers of netns {self._cookie} in {self._slots!r}>"
-
-
-def _address(ip: bytes, _: int, scope: int, __: int) -> str | None:
-    """A link-local resolver is found only with its scope, which the hooks do not always learn."""
-    text = canonical_ip(socket.inet_ntop(socket.AF_INET6, ip))
-    if not ip.startswith(_FE80):
-        return text
-    return f"{text}%{scope}" if scope else None
 
 
 class _Redirects:
@@ -110,7 +141,8 @@ class _Redirects:
         began = self._conntrack.original(reply)
         if began is None or began.destination.port != RESOLVER_PORT:
             return None
-        return began.destination.ip
+        ip = began.destination.ip
+        return None if ip.startswith("fe80:") else ip  # conntrack keeps no scope
 
     def close(self) -> None:
         self._conntrack.close()

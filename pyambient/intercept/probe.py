@@ -140,7 +140,11 @@ def _hooks(cgroup: Path | None, sources: frozenset[str]) -> None:
 
 
 def _app_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(hook.source for hook in HOOKS if not hook.on_proxy))
+    _hooks(cgroup, frozenset(("bind", "connect")))
+
+
+def _dns_hooks(cgroup: Path | None) -> None:
+    _hooks(cgroup, frozenset(("dns",)))
 
 
 def _proxy_hooks(cgroup: Path | None) -> None:
@@ -173,6 +177,7 @@ _ATTEMPTS: Final = (
     _Attempt("bpf(2)", "4.4", _system_call),
     _Attempt("cgroup2", "", _cgroup2),
     _Attempt("cgroup links for connect and bind", "5.9", _app_hooks),
+    _Attempt("cgroup links for DNS: sendmsg, recvmsg, getpeername", "5.8", _dns_hooks),
     _Attempt("socket storage in sock_create and sockops", "5.9", _proxy_hooks),
     _Attempt("sk_lookup", "5.9", _sk_lookup),
     _Attempt(

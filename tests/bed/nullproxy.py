@@ -1,9 +1,9 @@
 """A proxy without a mesh: for tests of interception that must not depend on the engine.
 
-It does to sockets what the real proxy does, and nothing to bytes: listeners on all three ports in
-each pod, found original destination, upstream socket made in the pod. What comes to 15001 goes on
-to where the app meant; what comes to 15006 goes on to the app with the client's own address as
-its source; 15008 is accepted, noted and closed, for there is no HBONE here.
+It does to sockets what the real proxy does, and nothing to bytes: listeners on all ports in each
+pod, found original destination, upstream socket made in the pod. What comes to 15001 and 15053 goes
+on to where the app meant (UDP as well: `nulldns`); what comes to 15006 goes on to the app with the
+client's own address as its source; 15008 is accepted, noted and closed, for there is no HBONE here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import trio
 
 from pyambient.model.address import SocketAddress, from_sockaddr
 from pyambient.model.numbers import (
+    DNS_PORT,
     HBONE_PORT,
     INBOUND_PORT,
     LOOP_PORTS,
@@ -28,6 +29,7 @@ from pyambient.model.numbers import (
     PROXY_MARK,
 )
 
+from . import nulldns
 from .network import Bed, BedPod
 from .process import Channel
 
@@ -105,10 +107,11 @@ class _Proxy:
         listeners = [
             (pod, _listener(pod, port))
             for pod in self.pods
-            for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
+            for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT)
         ]
+        forwarders = [nulldns.Forwarder(pod, netfilter=self.pods[pod]) for pod in self.pods]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._accept_all, nursery, listeners)
+            nursery.start_soon(self._accept_all, nursery, listeners, forwarders)
             self.channel.send("listening")
             await self._obey()
             nursery.cancel_scope.cancel()
@@ -126,15 +129,30 @@ class _Proxy:
                 self.accepting.cancel()
 
     async def _accept_all(
-        self, relays: trio.Nursery, listeners: list[tuple[BedPod, trio.socket.SocketType]]
+        self,
+        relays: trio.Nursery,
+        listeners: list[tuple[BedPod, trio.socket.SocketType]],
+        forwarders: list[nulldns.Forwarder],
     ) -> None:
         with self.accepting:
             async with trio.open_nursery() as nursery:
                 for pod, listening in listeners:
                     nursery.start_soon(self._accept, relays, pod, listening)
+                for forwarder in forwarders:
+                    nursery.start_soon(self._forward, relays, forwarder)
         for _, listening in listeners:
             listening.close()
         self.channel.send("stopped")
+
+    async def _forward(self, answers: trio.Nursery, forwarder: nulldns.Forwarder) -> None:
+        with forwarder:
+            while True:
+                query = await forwarder.receive()
+                original = SocketAddress(query.resolver or "", nulldns.RESOLVER_PORT)
+                failure = 0 if query.resolver else errno.EHOSTUNREACH
+                seen = Interception(forwarder.pod.name, DNS_PORT, query.peer, original, failure)
+                self.seen.append(seen)
+                answers.start_soon(forwarder.answer, query)
 
     async def _accept(
         self, relays: trio.Nursery, pod: BedPod, listening: trio.socket.SocketType

@@ -76,7 +76,7 @@ def test_undo_needs_just_the_record(bed: Bed, pair: tuple[BedPod, BedPod]) -> No
         runner.undo_stages(gone, from_record(record))
 
         assert {p.name for p in (BPFFS / "pods").iterdir()} == {"uid%2Eof%2Eb"}
-        for name in ("pods", "addresses", "devices"):
+        for name in ("pods", "addresses", "devices", "dns_pods"):
             with node_map(BPFFS, name) as entries:
                 cookies = {struct.unpack_from("=Q", key)[0] for key in list(entries.keys())}
             assert cookies == {netns_cookie(b.netns, bed.cgroup.path)}
@@ -119,7 +119,7 @@ def test_an_exchanged_route_closes_its_device(bed: Bed, pair: tuple[BedPod, BedP
     gone = [s.kind for s in before if s not in after and getattr(s, "device", "") == "eth0"]
     added = [s.kind for s in after if s not in before and getattr(s, "device", "") == "eth0"]
 
-    assert gone == added == ["route", "bpf-device"]
+    assert gone == added == ["route", "slot-route", "bpf-device"]
 
 
 def _remove_gate(mesh: BpfMesh, pod: BedPod) -> None:
@@ -137,6 +137,15 @@ def _remove_devices(mesh: BpfMesh, pod: BedPod) -> None:
     with node_map(BPFFS, "devices") as devices:
         for key in list(devices.keys()):
             devices.delete(key)
+
+
+def _remove_dns_gate(mesh: BpfMesh, pod: BedPod) -> None:
+    with node_map(BPFFS, "dns_pods") as pods:
+        pods.delete(struct.pack("=Q", netns_cookie(pod.netns, mesh.site.cgroup)))
+
+
+def _remove_slots(mesh: BpfMesh, pod: BedPod) -> None:
+    (BPFFS / "node" / "resolvers").unlink()
 
 
 def _remove_steering(mesh: BpfMesh, pod: BedPod) -> None:
@@ -157,8 +166,10 @@ def _remove_a_map_pin(mesh: BpfMesh, pod: BedPod) -> None:
         (_remove_gate, {"bpf-gate"}),
         (_remove_addresses, {"bpf-address"}),
         (_remove_devices, {"bpf-device"}),
+        (_remove_dns_gate, {"bpf-dns-gate"}),
         (_remove_steering, {"bpf-sk-lookup"}),
         (_remove_a_link, {"bpf-node"}),
+        (_remove_slots, {"bpf-node", "bpf-dns-slots"}),
         (_remove_a_map_pin, {"bpf-node", "bpf-sk-lookup"}),
     ],
     ids=lambda value: getattr(value, "__name__", "").lstrip("_"),
@@ -192,7 +203,7 @@ def test_the_programs_are_shared(node: NodePrograms) -> None:
     node.claim("two.with.dots", Constants())
 
     assert links_on(node.cgroup, node.proxy_cgroup) == first
-    assert (len(links_on(node.cgroup)), len(links_on(node.proxy_cgroup))) == (4, 2)
+    assert (len(links_on(node.cgroup)), len(links_on(node.proxy_cgroup))) == (len(HOOKS) - 2, 2)
     pins = {path.name for path in node.directory.iterdir()}
     assert pins == {*MAPS, *(hook.pin for hook in HOOKS)}
 
@@ -273,7 +284,7 @@ def test_two_processes_that_claim_at_once(bed: Bed, node: NodePrograms) -> None:
         child.wait()
 
     assert len(list((BPFFS / "pods").iterdir())) == 8
-    assert len(links_on(node.cgroup)) == 4
+    assert len(links_on(node.cgroup)) == len(HOOKS) - 2
     assert node.missing("pod-0") is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from pyambient.errors import PyambientError
 from pyambient.intercept.ctnetlink import Conntrack
 from pyambient.intercept.original_dns import bpf_resolvers, conntrack_resolvers, slot_number
+from pyambient.model.numbers import DNS_SLOT_COUNT, DNS_SLOTS_V4, DNS_SLOTS_V6
 from tests.bed import Bed
 
 
@@ -30,6 +33,17 @@ from tests.bed import Bed
 def test_the_number_of_a_slot(ip: str, number: int | None) -> None:
     """An address within the slots of its family is the slot of that number, any other is none."""
     assert slot_number(ip) == number
+
+
+def test_the_hooks_know_the_same_slots() -> None:
+    """The addresses in C are the ones in Python."""
+    source = Path(__file__, "../../../bpf/dns.bpf.c").resolve().read_text()
+    found = {n: int(v, 0) for n, v in re.findall(r"#define (\w*SLOTS|IPV6_PREFIX)\s+(\w+)", source)}
+
+    assert found["SLOTS"] == DNS_SLOT_COUNT
+    assert IPv4Address(found["IPV4_SLOTS"]) == IPv4Address(DNS_SLOTS_V4)
+    ipv6 = found["IPV6_PREFIX"] << 96 | found["IPV6_SLOTS"]
+    assert IPv6Address(ipv6) == IPv6Address(DNS_SLOTS_V6)
 
 
 def test_a_pod_without_programs_has_no_resolvers(tmp_path: Path) -> None:

@@ -1,0 +1,395 @@
+"""DNS with the backend `bpf`: two enrolled pods, and resolvers outside the mesh."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from pyambient.intercept import runner
+from pyambient.intercept.bpf_node import node_map
+from pyambient.intercept.interface import Stage
+from pyambient.intercept.loader import Constants
+from pyambient.intercept.netns_cookie import netns_cookie
+from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.selection import Selection
+from pyambient.model.address import SocketAddress
+from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT, PROXY_MARK
+from tests.bed import (
+    Bed,
+    BedPod,
+    ClientOptions,
+    Interception,
+    Network,
+    Packet,
+    apps,
+    capturing,
+    marking,
+)
+
+from .bpf_mesh import BPFFS, BpfMesh, target
+from .dns_apps import (
+    RESOLVER_PORT,
+    Answer,
+    ask,
+    ask_each,
+    keep_asking,
+    resolve,
+    resolve_tcp,
+    resolver_at,
+)
+
+both_ways = pytest.mark.parametrize("how", ["unconnected", "connected"])
+
+
+@pytest.fixture
+def mesh(bed: Bed) -> Iterator[BpfMesh]:
+    """Pods a and b enrolled; pod c of the bed is a resolver outside the mesh."""
+    with BpfMesh(bed, bed.pod("a"), bed.pod("b")) as made:
+        resolve(bed.pod("c"))
+        yield made
+
+
+def _refused(kernel: Constants) -> int:
+    return errno.ECONNREFUSED if kernel.has_set_retval else errno.EPERM
+
+
+def _originals(mesh: BpfMesh) -> list[tuple[str, int, SocketAddress]]:
+    return [(seen.pod, seen.port, seen.original) for seen in mesh.intercepted()]
+
+
+def _queries(packets: list[Packet]) -> list[Packet]:
+    """What of the packets is a query, to whichever of the ports."""
+    return [p for p in packets if p.ports[1] in (RESOLVER_PORT, DNS_PORT)]
+
+
+@both_ways
+@pytest.mark.parametrize("bound", ["", "device", "source"])
+def test_the_answer_comes_from_the_resolver(
+    mesh: BpfMesh, family: str, bound: str, how: str
+) -> None:
+    """A query goes to the proxy, and the app sees nobody but the resolver."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    resolver = resolver_at(c, family)
+    options = ClientOptions(
+        device="eth0" if bound == "device" else None,
+        source=a.address(family) if bound == "source" else None,
+        timeout=5,
+    )
+
+    answer = a.run(ask, resolver, b"who is it", options, connected=how == "connected")
+
+    assert isinstance(answer, Answer), answer
+    assert (answer.data, answer.sender) == (b"who is it", resolver)
+    assert answer.peer == (resolver if how == "connected" else None)
+    if how == "connected":
+        assert answer.local.ip == a.address(family)
+    (query,) = mesh.intercepted()
+    assert query == Interception("a", DNS_PORT, query.peer, resolver)
+    assert query.peer == SocketAddress(a.address(family), answer.local.port)
+
+
+@both_ways
+def test_a_v4_mapped_socket(mesh: BpfMesh, how: str) -> None:
+    """An IPv6 socket that asks ::ffff:10.77.0.4 asks an IPv4 resolver, and gets its answer."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    resolver = resolver_at(c, "v4")
+    options = ClientOptions(v4_mapped=True, timeout=5)
+
+    answer = a.run(ask, resolver, b"mapped", options, connected=how == "connected")
+
+    assert isinstance(answer, Answer), answer
+    assert (answer.data, answer.sender) == (b"mapped", resolver)
+    assert answer.peer == (resolver if how == "connected" else None)
+    assert _originals(mesh) == [("a", DNS_PORT, resolver)]
+
+
+def test_only_the_proxy_asks_outside(mesh: BpfMesh, family: str) -> None:
+    """On the wire is the proxy's own query, which is not captured again, and nothing of the app."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    with capturing(a) as wire:
+        answer = a.run(ask, resolver_at(c, family), b"outside")
+
+    (query,) = _queries(wire.packets)
+    assert (query.destination, query.payload) == (resolver_at(c, family), b"outside")
+    assert query.source.port != answer.local.port
+    assert len(mesh.intercepted()) == 1
+
+
+def test_two_resolvers_on_one_socket(mesh: BpfMesh, family: str) -> None:
+    """Who asks several from one socket, as musl does, can tell their answers apart."""
+    a, c, d = mesh.bed.pods["a"], mesh.bed.pods["c"], mesh.bed.pod("d")
+    resolve(d)
+    resolvers = [resolver_at(c, family), resolver_at(d, family)]
+
+    answers = a.run(ask_each, resolvers, b"x")
+
+    assert answers == {resolvers[0]: b"x0", resolvers[1]: b"x1"}
+
+
+def test_pods_do_not_meet(mesh: BpfMesh, family: str) -> None:
+    """Two pods that ask one resolver, each has its own: the proxy knows whose query it is."""
+    a, b, c = (mesh.bed.pods[name] for name in "abc")
+    for pod in (a, b, a):
+        assert pod.run(ask, resolver_at(c, family), b"mine").sender == resolver_at(c, family)
+
+    assert [seen.pod for seen in mesh.intercepted()] == ["a", "b", "a"]
+    assert {seen.peer.ip for seen in mesh.intercepted()} == {a.address(family), b.address(family)}
+
+
+def test_a_forged_mark_is_no_way_around(mesh: BpfMesh, family: str) -> None:
+    """An app that may set marks and sets the proxy's is captured all the same."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    options = ClientOptions(mark=PROXY_MARK, timeout=5)
+
+    a.run(ask, resolver_at(c, family), b"forged", options, capabilities=marking(a))
+
+    assert _originals(mesh) == [("a", DNS_PORT, resolver_at(c, family))]
+
+
+def test_other_ports_go_their_way(mesh: BpfMesh, family: str) -> None:
+    """UDP to any other port is as without the mesh, 15053 of another host included."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    for port in (5353, DNS_PORT):
+        resolve(c, port)
+        elsewhere = SocketAddress(c.address(family), port)
+        assert a.run(ask, elsewhere, b"other").sender == elsewhere
+        assert a.run(ask, elsewhere, b"other", connected=True).peer == elsewhere
+
+    assert mesh.intercepted() == []
+
+
+def test_a_resolver_inside_the_pod(mesh: BpfMesh, family: str) -> None:
+    """A pod's own resolver is asked directly; what that asks outside is captured."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    loopback = "127.0.0.53" if family == "v4" else "::1"
+    for ip in (loopback, a.address(family)):
+        inside = resolve(a, host=ip)
+        assert a.run(ask, SocketAddress(ip, RESOLVER_PORT), b"local").data == b"local"
+        inside.kill()
+    assert mesh.intercepted() == []
+
+    a.run(ask, resolver_at(c, family), b"upstream")
+    assert len(mesh.intercepted()) == 1
+
+
+@both_ways
+def test_without_a_listener_it_is_refused(
+    kernel: Constants, mesh: BpfMesh, family: str, how: str
+) -> None:
+    """When the proxy is away the app learns at once, and nothing of its query leaves the pod."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    assert mesh.proxy is not None
+    mesh.proxy.stop_listening()
+
+    with capturing(a) as wire:
+        refused = a.run(ask, resolver_at(c, family), b"secret", connected=how == "connected")
+
+    assert refused == _refused(kernel)
+    assert _queries(wire.packets) == []
+
+
+def _hold_port(channel, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as impostor:
+        impostor.bind((address, DNS_PORT))
+        channel.send("bound")
+        channel.receive()
+
+
+def test_an_impostor_gets_nothing(kernel: Constants, bed: Bed, family: str) -> None:
+    """Whoever holds the port since before the enrolment is not the proxy: the app is refused."""
+    a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
+    impostor = a.spawn(_hold_port, "0.0.0.0" if family == "v4" else "::")
+    assert impostor.receive() == "bound"
+    mesh = BpfMesh(bed, a, b)
+    mesh.prepare()
+    mesh.capture()
+
+    assert a.run(ask, resolver_at(c, family), b"secret") == _refused(kernel)
+    mesh.release()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
+def test_nobody_else_binds_the_port(mesh: BpfMesh, family: str, kind: int) -> None:
+    """15053 is the proxy's on every address, those that stand for resolvers included."""
+
+    def bind(ip: str) -> int:
+        with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind) as made:
+            try:
+                made.bind((ip, DNS_PORT))
+            except OSError as error:
+                return error.errno
+        return 0
+
+    a = mesh.bed.pods["a"]
+    for ip in ("127.53.0.7", "127.0.0.1", "") if family == "v4" else ("100::53:7", "::1", "::"):
+        assert a.run(bind, ip, uid=0, gid=0) == errno.EPERM
+
+
+def test_a_socket_from_before_the_enrolment(bed: Bed, family: str) -> None:
+    """An unconnected socket asks directly, then by the proxy while the pod is enrolled."""
+    a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
+    resolve(c)
+    app = a.spawn(keep_asking, resolver_at(c, family))
+    assert (app.receive(), app.ask("ask")) == ("ready", resolver_at(c, family))
+
+    with BpfMesh(bed, a, b) as mesh:
+        assert app.ask("ask") == resolver_at(c, family)
+        assert len(mesh.intercepted()) == 1
+        mesh.release_stages(a)
+        assert app.ask("ask") == resolver_at(c, family)
+        assert len(mesh.intercepted()) == 1
+
+
+def test_a_socket_connected_before_the_enrolment(bed: Bed, family: str) -> None:
+    """No hook sees what it sends, so it goes on to ask directly, as it did."""
+    a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
+    resolve(c)
+    app = a.spawn(keep_asking, resolver_at(c, family), connected=True)
+    assert app.receive() == "ready"
+
+    with BpfMesh(bed, a, b) as mesh:
+        assert app.ask("ask") == resolver_at(c, family)
+        assert mesh.intercepted() == []
+
+
+def test_answers_arrive_while_the_pod_is_released(mesh: BpfMesh, family: str) -> None:
+    """The gate closes first: an app that has asked by then gets its answer from the resolver."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    app = a.spawn(keep_asking, resolver_at(c, family), connected=True)
+    assert (app.receive(), app.ask("ask")) == ("ready", resolver_at(c, family))
+
+    mesh.release_stages(a, (Stage.GATE, Stage.STEER))
+
+    assert app.ask("ask") == resolver_at(c, family)
+    assert a.run(ask, resolver_at(c, family), b"direct").data == b"direct"
+    assert len(mesh.intercepted()) == 2
+
+
+def test_un_enrolment_empties_the_pods_slots(mesh: BpfMesh, family: str) -> None:
+    """Of a pod that is released no resolver is remembered, of the other one all."""
+    a, b, c = (mesh.bed.pods[name] for name in "abc")
+    for pod in (a, b):
+        pod.run(ask, resolver_at(c, family), b"x")
+    assert _owners() == {_cookie(mesh, a), _cookie(mesh, b)}
+
+    mesh.release_stages(a)
+
+    assert _owners() == {_cookie(mesh, b)}
+    assert a.run(ask, resolver_at(c, family), b"direct").sender == resolver_at(c, family)
+    assert len(mesh.intercepted()) == 2
+
+
+def _owners() -> set[int]:
+    with node_map(BPFFS, "resolvers") as entries:
+        return {struct.unpack_from("=Q", key)[0] for key in list(entries.keys())}
+
+
+def _cookie(mesh: BpfMesh, pod: BedPod) -> int:
+    return netns_cookie(pod.netns, mesh.site.cgroup)
+
+
+def test_tcp_has_its_own_listener(mesh: BpfMesh, family: str) -> None:
+    """DNS over TCP comes to 15053, with the resolver as original destination."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    resolve_tcp(c)
+
+    seen = a.run(apps.request, resolver_at(c, family), b"long question")
+
+    assert (seen.data, seen.peer) == (b"long question", resolver_at(c, family))
+    assert _originals(mesh) == [("a", DNS_PORT, resolver_at(c, family))]
+
+
+def test_a_pod_without_dns_capture(bed: Bed, family: str) -> None:
+    """Where it is not wanted UDP is asked directly, and TCP is a connection like any other."""
+    a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
+    resolve(c)
+    resolve_tcp(c)
+    mesh = BpfMesh(bed, a, b)
+    mesh.options = dict.fromkeys(("a", "b"), CaptureOptions(dns=False))
+    with mesh:
+        assert a.run(ask, resolver_at(c, family), b"direct").sender == resolver_at(c, family)
+        assert mesh.intercepted() == []
+        assert a.run(apps.request, resolver_at(c, family), b"tcp").data == b"tcp"
+        assert _originals(mesh) == [("a", OUTBOUND_PORT, resolver_at(c, family))]
+
+
+def test_an_excluded_resolver(bed: Bed, family: str) -> None:
+    """What the pod's selection leaves out is asked directly, over UDP as over TCP."""
+    a, b, c, d = (bed.pod(name) for name in "abcd")
+    for pod in (c, d):
+        resolve(pod)
+    mesh = BpfMesh(bed, a, b)
+    excluded = Selection.from_json({"exclude_cidrs": c.address(family)})
+    mesh.options = {"a": CaptureOptions(outbound=excluded)}
+    with mesh:
+        for how in (False, True):
+            answer = a.run(ask, resolver_at(c, family), b"direct", connected=how)
+            assert answer.sender == resolver_at(c, family)
+        assert mesh.intercepted() == []
+        a.run(ask, resolver_at(d, family), b"captured")
+        assert _originals(mesh) == [("a", DNS_PORT, resolver_at(d, family))]
+
+
+def test_a_device_that_comes_later(bed: Bed, family: str) -> None:
+    """A socket bound to a new device is refused until the refresh, then it is captured."""
+    second = bed.add_network(Network("br78", "10.78.0", "fd78::"))
+    a, b, peer = bed.pod("a"), bed.pod("b"), bed.pod("peer", network=second)
+    resolve(peer)
+    by_device = ClientOptions(device="eth1", timeout=5)
+    with BpfMesh(bed, a, b) as mesh:
+        bed.add_device(a, "eth1", second)
+
+        with capturing(a, "eth1") as wire:
+            early = a.run(ask, resolver_at(peer, family), b"early", by_device)
+        assert early in (errno.ENETUNREACH, errno.EPERM)
+        assert _queries(wire.packets) == []
+
+        mesh.refresh(a)
+        late = a.run(ask, resolver_at(peer, family), b"late", by_device)
+
+        assert (late.data, late.sender) == (b"late", resolver_at(peer, family))
+        assert _originals(mesh) == [("a", DNS_PORT, resolver_at(peer, family))]
+
+
+def test_a_family_that_the_pod_lacks(kernel: Constants, bed: Bed) -> None:
+    """In a pod with IPv6 alone, IPv4 resolvers are unreachable and IPv6 ones captured."""
+    a, b, c = bed.pod("a", ipv4=False), bed.pod("b"), bed.pod("c")
+    resolve(c)
+    with BpfMesh(bed, a, b) as mesh:
+        unreachable = errno.ENETUNREACH if kernel.has_set_retval else errno.EPERM
+        assert a.run(ask, resolver_at(c, "v4"), b"x") == unreachable
+        assert a.run(ask, resolver_at(c, "v6"), b"x").sender == resolver_at(c, "v6")
+        assert _originals(mesh) == [("a", DNS_PORT, resolver_at(c, "v6"))]
+
+
+def test_a_link_local_resolver(mesh: BpfMesh) -> None:
+    """It is found again by the device of the app's socket, or by the pod's only one."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    c.ip("addr add fe80::53/64 dev eth0 nodad")
+    index = a.run(socket.if_nametoindex, "eth0")
+    resolver = SocketAddress(f"fe80::53%{index}", RESOLVER_PORT)
+
+    bound = a.run(ask, resolver, b"near", ClientOptions(device="eth0", timeout=5))
+    free = a.run(ask, resolver, b"near", ClientOptions(timeout=5))
+
+    for answer in (bound, free):
+        assert (answer.data, answer.sender.ip.partition("%")[0]) == (b"near", "fe80::53")
+    assert [seen.original for seen in mesh.intercepted()] == [resolver, resolver]
+
+
+def test_a_lost_slot_route_is_found_and_repaired(mesh: BpfMesh, family: str) -> None:
+    """Verification names it, applying the record again brings it back."""
+    a = mesh.bed.pods["a"]
+    ip = "ip route del local 127.53.0.0/22" if family == "v4" else "ip -6 route del 100::53:0/118"
+    a.command(*ip.split(), "dev", "eth0", "table", "local")
+    steps = mesh.recorded["a"]
+    assert [s.kind for s in steps if s.missing(target(a))] == ["slot-route"]
+
+    runner.apply_stages(target(a), steps)
+
+    assert runner.verify(target(a), steps) == []
