@@ -8,12 +8,15 @@ read out for a moment first.
 from __future__ import annotations
 
 import socket
+from contextlib import AbstractAsyncContextManager
 
 import trio
 from OpenSSL import SSL
 
 from .tls import describe
 
+Pace = AbstractAsyncContextManager[None]
+"""What a handshake enters for each of its steps: `pacing.Pacer`."""
 _CHUNK = 32 << 10
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES = 256 << 10
@@ -23,7 +26,9 @@ class HandshakeFailed(Exception):
     """The TLS handshake failed; the text is the reason, in OpenSSL's words."""
 
 
-async def handshake(sock: socket.socket, context: SSL.Context, *, server: bool) -> SSL.Connection:
+async def handshake(
+    sock: socket.socket, context: SSL.Context, pacer: Pace, *, server: bool
+) -> SSL.Connection:
     """Make the TLS connection of non-blocking `sock`; HandshakeFailed or OSError if it fails.
 
     The caller closes the socket, after `linger(sock)` where an alert may be under way.
@@ -34,16 +39,17 @@ async def handshake(sock: socket.socket, context: SSL.Context, *, server: bool) 
     else:
         connection.set_connect_state()
     while True:
-        finished = await _step(sock, connection)
+        finished = await _step(sock, connection, pacer)
         await _send_pending(sock, connection)
         if finished:
             return connection
         await _receive(sock, connection)
 
 
-async def _step(sock: socket.socket, connection: SSL.Connection) -> bool:
+async def _step(sock: socket.socket, connection: SSL.Connection, pacer: Pace) -> bool:
     try:
-        connection.do_handshake()
+        async with pacer:
+            connection.do_handshake()
     except SSL.WantReadError:
         return False
     except SSL.Error as error:

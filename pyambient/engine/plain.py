@@ -181,8 +181,11 @@ class PlainRelay:
                 half.sock.close()
             else:
                 reset(half.sock)
-        if self.on_finished is not None:
-            self.on_finished(self)
+        finished, self.on_finished = self.on_finished, None
+        # The halves refer to one another: memory is free without a collection.
+        self._near.other, self._far.other = self._near, self._far
+        if finished is not None:
+            finished(self)
 
     def __repr__(self) -> str:
         state = "finished" if self._finished else "open"

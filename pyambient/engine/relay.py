@@ -340,8 +340,11 @@ class StreamRelay:
             self.sock.close()
         else:
             reset(self.sock)
-        if self.on_finished is not None:
-            self.on_finished(self)
+        finished, self.on_finished = self.on_finished, None
+        # Nothing refers back to whoever is done with us: memory is free without a collection.
+        self.stream = self.on_answer = None
+        if finished is not None:
+            finished(self)
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "open" if self._open else "opening"

@@ -16,6 +16,7 @@ from OpenSSL import SSL
 
 from pyambient.engine.accept import Dial, connect
 from pyambient.engine.handshake import HandshakeFailed, handshake, linger
+from pyambient.engine.pacing import Queue
 from pyambient.engine.relay import StreamRelay
 from pyambient.engine.tls import TlsTransport
 from pyambient.engine.tunnel import Tunnel
@@ -35,7 +36,8 @@ from .records import inbound_record
 from .worker import PodScope
 
 _HANDSHAKES_MAX = 512
-
+# Of one tunnel: a turn of the loop stays in the order of a millisecond.
+_REQUESTS_A_TURN = 8
 
 _FORWARDED_HOST = re.compile(r'(?:^|;)\s*host="?([A-Za-z0-9._-]{1,253})"?\s*(?:;|$)', re.IGNORECASE)
 
@@ -106,7 +108,7 @@ class Inbound:
         scope = self._scope
         certificate = await scope.certificate()
         context = scope.worker.contexts.server(certificate)
-        session = await handshake(sock, context, server=True)
+        session = await handshake(sock, context, scope.worker.handshakes, server=True)
         require_alpn(session)
         peer = session.get_peer_certificate(as_cryptography=True)
         return session, authenticate_client(peer, scope.worker.trust_domain)
@@ -148,6 +150,7 @@ class InboundTunnel:
         self.local = from_sockaddr(sock.getsockname())
         self._scope = scope
         self._settled = trio.Event()
+        self._requests = Queue(worker.loop, _REQUESTS_A_TURN)
         connection = Connection(Role.SERVER, self, worker.outputs, worker.http2)
         transport = TlsTransport(sock, session, worker.buffers)
         self.tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, peer)
@@ -182,7 +185,13 @@ class InboundTunnel:
         self._scope.worker.access_log.failed(self.peer, destination, "inbound", reason)
 
     def requested(self, stream: Stream, request: ConnectRequest) -> None:
-        """A CONNECT arrived: decide, and dial the app if it may pass."""
+        """A CONNECT arrived: its turn comes."""
+        self._requests.call(lambda: self._judge(stream, request))
+
+    def _judge(self, stream: Stream, request: ConnectRequest) -> None:
+        """Decide, and dial the app if it may pass."""
+        if stream.closed:
+            return
         scope = self._scope
         decision = decisions.decide_inbound(
             request.authority,
@@ -196,6 +205,7 @@ class InboundTunnel:
         if isinstance(decision, decisions.Reject):
             self._log_refusal(self.local, f"{decision.reason} (http status: {decision.status})")
             self.tunnel.connection.refuse(stream, decision.status)
+            self.tunnel.loop.flush_soon(self.tunnel)
             return
         record = inbound_record(scope, self.peer, self.local, decision.service)
         record.hbone_authority = request.authority

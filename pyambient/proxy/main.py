@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
 from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.store import CertificateStore
@@ -76,6 +77,7 @@ async def _main(settings: ProxySettings, loop: Loop, sink: LineSink) -> None:
             nursery.start_soon(task)
         await nursery.start(serve_details, settings.run_dir / "details.sock", pods)
         await nursery.start(serve_zds, settings.run_dir / "zds.sock", pods)
+        calm()
         _log.info("proxy ready", trust_domain=settings.trust_domain)
         await _wait_for_signal()
         _log.info("draining", seconds=settings.drain_timeout)

@@ -177,7 +177,8 @@ class Pool:
     async def _secure(self, sock: socket.socket, key: PoolKey) -> _Pooled:
         worker = self._scope.worker
         certificate = await self._scope.certificate()
-        session = await handshake(sock, worker.contexts.client(certificate), server=False)
+        context = worker.contexts.client(certificate)
+        session = await handshake(sock, context, worker.handshakes, server=False)
         require_alpn(session)
         pooled = _Pooled(self, key)
         peer = session.get_peer_certificate(as_cryptography=True)

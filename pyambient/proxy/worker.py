@@ -11,6 +11,7 @@ import trio
 
 from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import Loop
+from pyambient.engine.pacing import Pacer
 from pyambient.engine.tls import SharedBuffers
 from pyambient.hbone import LocalSettings, OutputPool
 from pyambient.identity.certificate import Certificate, IdentityError
@@ -62,6 +63,7 @@ class Worker:
         self.contexts = Contexts()
         self.buffers = SharedBuffers()
         self.outputs = OutputPool()
+        self.handshakes = Pacer(loop)
         self.connects = Deadlines(CONNECT_TIMEOUT)
         self.answers = Deadlines(ANSWER_TIMEOUT)
         self.shortages = Deadlines(_SHORTAGE_PAUSE)

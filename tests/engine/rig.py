@@ -10,6 +10,7 @@ from OpenSSL import SSL
 
 from pyambient.engine.handshake import handshake
 from pyambient.engine.loop import Loop
+from pyambient.engine.pacing import Pacer
 from pyambient.engine.relay import StreamRelay
 from pyambient.engine.tls import SharedBuffers, TlsTransport
 from pyambient.engine.tunnel import Tunnel
@@ -82,7 +83,8 @@ class Rig:
 
         async def shake(end: End, sock: socket.socket, context: SSL.Context, role: Role) -> None:
             sock.setblocking(False)
-            sessions[end] = await handshake(sock, context, server=role is Role.SERVER)
+            server = role is Role.SERVER
+            sessions[end] = await handshake(sock, context, Pacer(self.loop), server=server)
 
         async with trio.open_nursery() as nursery:
             context = client_context(await authority.sign(CLIENT))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from contextlib import nullcontext
 
 import pytest
 import trio
@@ -43,7 +44,7 @@ def handshaken(authority, sockets):
         sessions = {}
 
         async def one(name, sock, context, *, server):
-            sessions[name] = await handshake(sock, context, server=server)
+            sessions[name] = await handshake(sock, context, nullcontext(), server=server)
 
         client_cert = await authority.sign(CLIENT)
         server_cert = await authority.sign(SERVER)
@@ -162,7 +163,7 @@ def test_a_handshake_with_a_peer_that_speaks_no_tls_fails(authority, sockets):
         client.send(b"GET / HTTP/1.1\r\n\r\n")
         context = server_context(await authority.sign(SERVER))
         with trio.fail_after(5), pytest.raises(HandshakeFailed, match=r"(?i)http request|version"):
-            await handshake(server, context, server=True)
+            await handshake(server, context, nullcontext(), server=True)
 
     trio.run(main)
 
@@ -173,6 +174,6 @@ def test_a_handshake_whose_peer_leaves_fails(authority, sockets):
         client.close()
         context = server_context(await authority.sign(SERVER))
         with trio.fail_after(5), pytest.raises(HandshakeFailed, match="closed the connection"):
-            await handshake(server, context, server=True)
+            await handshake(server, context, nullcontext(), server=True)
 
     trio.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import socket
@@ -9,6 +10,8 @@ import socket
 import pytest
 import trio
 
+from pyambient.engine.relay import StreamRelay
+from pyambient.hbone import Stream
 from pyambient.identity.ca import EmbeddedAuthority
 
 from .rig import rigged, until
@@ -265,3 +268,30 @@ def test_a_peer_that_breaks_http2_ends_the_tunnel_with_a_reason(authority):
         assert "HTTP/2 error of the peer" in rig.server.tunnel.reason
 
     rigged(authority, test)
+
+
+def test_a_finished_connection_leaves_nothing_to_the_collector(authority):
+    """No reference cycle: a collection for every few hundred connections costs more than they."""
+
+    async def test(rig):
+        app, server = rig.open()
+        await in_thread(app.sendall, b"question")
+        assert await in_thread(server.recv, 100) == b"question"
+        app.close()
+        server.close()
+        await until(lambda: rig.relays[0].finished and rig.server_relays[0].finished)
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        rig.relays.clear()
+        rig.server_relays.clear()
+        gc.collect()
+        left = [found for found in gc.garbage if isinstance(found, (StreamRelay, Stream))]
+        assert left == []
+
+    gc.disable()
+    try:
+        rigged(authority, test)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

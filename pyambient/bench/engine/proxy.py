@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
 from pyambient.hbone import LocalSettings
 from pyambient.identity.ca import EmbeddedAuthority
@@ -48,6 +49,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
             nursery.start_soon(task)
         for pod in settings["pods"]:
             await _serve(pods, pod)
+        calm()
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
