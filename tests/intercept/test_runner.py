@@ -205,3 +205,49 @@ def test_a_plan_that_was_never_applied_undoes_nothing(bed: Bed, interceptor: Int
     before = kernel_state(pod, other)
     undo_stages(target(pod), _steps(pod, interceptor))
     assert kernel_state(pod, other) == before
+
+
+# Applied in turn in the same chain; each accepts what the next one does not.
+_SOME = OutboundRedirect(False, "nft", ("-A ISTIO_OUTPUT -p tcp -m mark --mark 0x1 -j ACCEPT",))
+_MORE = OutboundRedirect(False, "nft", (*_SOME.rules, "-A ISTIO_OUTPUT -p udp -j ACCEPT"))
+
+
+def _rules(pod: BedPod) -> list[str]:
+    saved = pod.command("iptables-nft-save", "-t", "nat").splitlines()
+    return [line for line in saved if line.startswith("-A") and "ISTIO_" in line]
+
+
+@pytest.mark.parametrize(("earlier", "later"), [(_SOME, _MORE), (_MORE, _SOME)])
+def test_a_step_that_takes_over_is_applied_over_the_earlier_one(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, earlier: Step, later: Step
+) -> None:
+    """Nothing is undone, so that there is no moment without; rules come and go."""
+    pod = bed.pod("a")
+    recorded = apply_stages(target(pod), (earlier,))
+    monkeypatch.setattr(OutboundRedirect, "undo", lambda *_: pytest.fail("undone"))
+
+    steps = refresh(target(pod), recorded, Plan("iptables", NOTHING, (later,)))
+
+    assert steps == (later,)
+    assert len(_rules(pod)) == 1 + len(later.rules)
+
+
+def test_a_change_that_fails_leaves_the_earlier_step(bed: Bed) -> None:
+    """In the pod, and in what has to be recorded."""
+    pod = bed.pod("a")
+    recorded = apply_stages(target(pod), (ReservedPorts(), _SOME))
+    before = _rules(pod)
+    plan = Plan("iptables", NOTHING, (*recorded[:1], UNKNOWN_MATCH))
+    with pytest.raises(StepFailed) as failure:
+        refresh(target(pod), recorded, plan)
+    assert failure.value.steps == recorded
+    assert _rules(pod) == before
+
+
+def test_a_change_that_was_cut_off_is_completed(bed: Bed) -> None:
+    """A record with the step before and the one after does not tell which is in place."""
+    pod = bed.pod("a")
+    apply_stages(target(pod), (_MORE,))
+    steps = refresh(target(pod), (_MORE, _SOME), Plan("iptables", NOTHING, (_SOME,)))
+    assert steps == (_SOME,)
+    assert len(_rules(pod)) == 1 + len(_SOME.rules)
