@@ -39,10 +39,13 @@ class FrameHandlers(Endpoint):
     def _headers(self, flags: int, stream_id: int, payload: memoryview) -> None:
         """A HEADERS frame (RFC 9113 section 6.2)."""
         self._check_headers_allowed(stream_id)
-        block = HeaderBlock(
-            stream_id, self.settings.max_header_list, with_end=bool(flags & END_STREAM)
-        )
-        block.add(frames.header_fragment(flags, payload))
+        with_end = bool(flags & END_STREAM)
+        fragment = frames.header_fragment(flags, payload)
+        if flags & frames.END_HEADERS and len(fragment) <= self.settings.max_header_list:
+            self._block_complete(stream_id, bytes(fragment), with_end=with_end)
+            return
+        block = HeaderBlock(stream_id, self.settings.max_header_list, with_end=with_end)
+        block.add(fragment)
         self._next_of_block(block, flags)
 
     def _continuation(self, flags: int, stream_id: int, payload: memoryview) -> None:
@@ -58,7 +61,7 @@ class FrameHandlers(Endpoint):
     def _next_of_block(self, block: HeaderBlock, flags: int) -> None:
         if flags & frames.END_HEADERS:
             self._block = self._only = None
-            self._block_complete(block)
+            self._block_complete(block.stream_id, bytes(block.fragments), with_end=block.with_end)
         else:
             self._block = block
             self._only = (frames.CONTINUATION, block.stream_id)
@@ -81,14 +84,14 @@ class FrameHandlers(Endpoint):
                 ErrorCode.PROTOCOL_ERROR, f"stream {stream_id} opened below another"
             )
 
-    def _block_complete(self, block: HeaderBlock) -> None:
+    def _block_complete(self, stream_id: int, block: bytes, *, with_end: bool) -> None:
         """Decode, in any case: HPACK's state is the connection's, not the stream's."""
-        fields = self._decoder.decode(bytes(block.fragments))
-        stream = self.streams.get(block.stream_id)
+        fields = self._decoder.decode(block)
+        stream = self.streams.get(stream_id)
         if stream is not None:
-            self._headers_of(stream, fields, with_end=block.with_end)
-        elif self.role is Role.SERVER and block.stream_id > self._highest_peer:
-            self._opened(block.stream_id, fields, with_end=block.with_end)
+            self._headers_of(stream, fields, with_end=with_end)
+        elif self.role is Role.SERVER and stream_id > self._highest_peer:
+            self._opened(stream_id, fields, with_end=with_end)
 
     def _headers_of(self, stream: Stream, fields: Fields, *, with_end: bool) -> None:
         """Headers on a stream that exists: an answer or trailers."""

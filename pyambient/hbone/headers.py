@@ -19,7 +19,7 @@ import hpack
 
 from .errors import ErrorCode, RemoteProtocolError
 
-Fields = list[tuple[bytes, bytes]]
+Fields = tuple[tuple[bytes, bytes], ...]
 """Decoded fields as they came: names and values in bytes."""
 Headers = tuple[tuple[str, str], ...]
 """Regular header fields for people and upper layers, names in lower case."""
@@ -87,13 +87,15 @@ def encode_answer(status: int, headers: Headers) -> bytes:
     return start + b"".join(encode_field(name, value) for name, value in headers)
 
 
+@functools.lru_cache(maxsize=1024)
 def _stateless(block: bytes, max_list: int) -> Fields | None:
     """The fields of a block that neither reads nor changes the dynamic table, as ours all are.
 
     None for any other, and for whatever is unusual: that is for the HPACK decoder to judge. A
-    block that leaves the table alone may be decoded beside it, in a fifth of the time.
+    block that leaves the table alone may be decoded beside it, in a fifth of the time, or in none
+    if it came before, as the answers of one peer do.
     """
-    fields: Fields = []
+    fields: list[tuple[bytes, bytes]] = []
     position, end, left = 0, len(block), max_list
     try:
         while position < end:
@@ -112,7 +114,7 @@ def _stateless(block: bytes, max_list: int) -> Fields | None:
             fields.append((name, value))
     except (KeyError, IndexError):
         return None
-    return fields if position == end and left >= 0 else None
+    return tuple(fields) if position == end and left >= 0 else None
 
 
 def _short_string(block: bytes, position: int) -> tuple[int, bytes]:
@@ -173,7 +175,7 @@ class FieldDecoder:
         if fields is not None:
             return fields
         try:
-            return list(self._decoder.decode(block, raw=True))
+            return tuple(self._decoder.decode(block, raw=True))
         except hpack.OversizedHeaderListError as error:
             raise RemoteProtocolError(ErrorCode.ENHANCE_YOUR_CALM, str(error)) from None
         except hpack.HPACKError as error:

@@ -7,6 +7,7 @@ are ignored, but a list that is malformed as such (section 8.2 and 8.3) is no re
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from .headers import Fields, Headers, encode_request
 # tabs (RFC 9110 section 5.5), an authority no blanks and nothing outside ASCII either: both end up
 # in log lines.
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_FORBIDDEN = re.compile(rb"[\0-\x08\n-\x1f\x7f]")
+_WELL_FORMED = re.compile(rb"(?:[^\0-\x20\x7f](?:[^\0-\x08\n-\x1f\x7f]*[^\0-\x20\x7f])?)?")
 _AUTHORITY = re.compile(rb"[!-~]+")
 # Section 8.2.2: these speak of the hop and do not exist in HTTP/2.
 _CONNECTION_SPECIFIC = frozenset(
@@ -78,8 +79,12 @@ def parse_request(fields: Fields) -> ConnectRequest:
     return ConnectRequest(_text(authority), **known)
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_answer(fields: Fields) -> tuple[int, Headers]:
-    """(status, regular fields); StreamError if they are no answer."""
+    """(status, regular fields); StreamError if they are no answer.
+
+    Kept: a peer answers all connections to one workload alike.
+    """
     pseudo, regular = _split(fields)
     status = pseudo.pop(b":status", b"")
     if len(status) != 3 or not status.isdigit() or pseudo:
@@ -100,9 +105,9 @@ def check_trailers(fields: Fields) -> None:
 def _split(fields: Fields) -> tuple[dict[bytes, bytes], Fields]:
     """Pseudo-headers and regular fields, each of them well formed."""
     pseudo: dict[bytes, bytes] = {}
-    regular: Fields = []
+    regular: list[tuple[bytes, bytes]] = []
     for name, value in fields:
-        if value != value.strip(b" \t") or _FORBIDDEN.search(value):
+        if not _WELL_FORMED.fullmatch(value):
             raise _malformed(f"a value of {_shown(name)} has forbidden characters")
         if name[:1] != b":":
             if name not in _KNOWN:
@@ -112,7 +117,7 @@ def _split(fields: Fields) -> tuple[dict[bytes, bytes], Fields]:
             raise _malformed(f"{_shown(name)} stands twice or behind regular fields")
         else:
             pseudo[name] = value
-    return pseudo, regular
+    return pseudo, tuple(regular)
 
 
 def _check_name(name: bytes, value: bytes) -> None:

@@ -9,6 +9,7 @@ by a stream error, whose code the table gives where it is not PROTOCOL_ERROR.
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -284,12 +285,13 @@ class Gone:
     REMEMBERED = 512
 
     def __init__(self) -> None:
-        self._fates: dict[int, Fate] = {}
+        # A dict finds its first key by passing over all that were deleted before it.
+        self._fates: OrderedDict[int, Fate] = OrderedDict()
 
     def add(self, stream_id: int, fate: Fate) -> None:
         self._fates[stream_id] = fate
         if len(self._fates) > self.REMEMBERED:
-            del self._fates[next(iter(self._fates))]
+            self._fates.popitem(last=False)
 
     def fate(self, stream_id: int) -> Fate | None:
         """None if it is forgotten or never was."""

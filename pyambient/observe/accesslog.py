@@ -30,6 +30,8 @@ from .layout import (
 )
 
 Direction = Literal["inbound", "outbound"]
+# Few workloads are at the ends of most connections.
+_ENDS_MAX = 4096
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +113,7 @@ class AccessLog:
         self._emit = emit
         self._clock = clock
         self._level = level_number(level)
+        self._ends: dict[tuple[str, int, SpiffeId | None], tuple[Workload | None, list[str]]] = {}
 
     def opened(self, record: ConnectionRecord) -> None:
         if self._level <= LEVELS["debug"]:
@@ -164,7 +167,19 @@ class AccessLog:
     def _end(
         self, fields: list[str], end: str, workload: Workload | None, identity: SpiffeId | None
     ) -> None:
-        """Add what is known of one end, `src` or `dst`."""
+        """Add what is known of one end, `src` or `dst`; the same for all its connections."""
+        key = (end, id(workload), identity)
+        known = self._ends.get(key)
+        if known is None or known[0] is not workload:
+            if len(self._ends) >= _ENDS_MAX:
+                self._ends.clear()
+            known = self._ends[key] = (workload, self._describe(end, workload, identity))
+        fields += known[1]
+
+    def _describe(
+        self, end: str, workload: Workload | None, identity: SpiffeId | None
+    ) -> list[str]:
+        fields: list[str] = []
         text = self._style.text
         if workload is not None:
             fields.append(text(f"{end}.workload", workload.name))
@@ -173,6 +188,7 @@ class AccessLog:
             fields.append(text(f"{end}.identity", str(identity)))
         if workload is not None and workload.cluster_id:
             fields.append(text(f"{end}.cluster", workload.cluster_id))
+        return fields
 
     def __repr__(self) -> str:
         return f"<AccessLog {type(self._style).__name__.strip('_').lower()}, level {self._level}>"
