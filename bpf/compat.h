@@ -46,6 +46,8 @@ enum { maps_before = __COUNTER__ };
 
 #define DEFINE_HASH(name, key_type, value_type, entries) \
 	DEFINE_TABLE(name, "hash", key_type, value_type, entries, BPF_F_NO_PREALLOC)
+#define DEFINE_LRU_HASH(name, key_type, value_type, entries) \
+	DEFINE_TABLE(name, "lru_hash", key_type, value_type, entries, 0)
 #define DEFINE_SOCKHASH(name, key_type, entries) \
 	DEFINE_TABLE(name, "sockhash", key_type, __u64, entries, 0)
 #define DEFINE_PERCPU_ARRAY(name, value_type, entries) \
@@ -76,6 +78,14 @@ enum { maps_before = __COUNTER__ };
 	struct {						\
 		__uint(type, BPF_MAP_TYPE_HASH);		\
 		__uint(map_flags, BPF_F_NO_PREALLOC);		\
+		__uint(max_entries, entries);			\
+		__type(key, key_type);				\
+		__type(value, value_type);			\
+	} name SEC(".maps")
+
+#define DEFINE_LRU_HASH(name, key_type, value_type, entries)	\
+	struct {						\
+		__uint(type, BPF_MAP_TYPE_LRU_HASH);		\
 		__uint(max_entries, entries);			\
 		__type(key, key_type);				\
 		__type(value, value_type);			\
@@ -144,6 +154,7 @@ enum { maps_before = __COUNTER__ };
 /* Filled in before the load: pyambient/intercept/loader.py knows this layout. */
 struct constants {
 	__u64 netns;			/* cookie of the pod that this instance serves */
+	__u64 node;			/* cookie of the node's own network namespace */
 	__u32 has_ingress_ifindex;	/* sk_lookup can read it: Linux 5.17 */
 	__u32 has_set_retval;		/* a hook can choose its errno: Linux 5.18 */
 };

@@ -11,6 +11,7 @@
  * 5.17, where it cannot be read, a program on lo leaves a note (note.bpf.c).
  */
 #include "maps.h"
+#include "probes.h"
 #include "selection.h"
 
 #define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
@@ -20,6 +21,7 @@ DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
 DEFINE_UPSTREAMS;
 DEFINE_NOTES;
+DEFINE_PROBES;
 DEFINE_CONSTANTS;
 
 static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
@@ -62,12 +64,29 @@ static __always_inline int is_noted(const struct connection *syn)
 	return 1;
 }
 
+static __always_inline int is_opening_probe(struct bpf_sk_lookup *ctx, const __u32 *local,
+					    const __u32 *remote)
+{
+	struct connection key = {};
+	struct probe *probe;
+
+	set_ipv6(key.from, remote);
+	set_ipv6(key.to, local);
+	key.from_port = bpf_ntohs(ctx->remote_port);
+	key.to_port = ctx->local_port;
+	probe = map_lookup(probes, &key);
+	return probe && probe->state == PROBE_OPENING;
+}
+
 /* HBONE is the mesh's own way in, whatever the pod's selection says. */
-static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *remote)
+static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *local,
+						const __u32 *remote)
 {
 	if (ctx->local_port == HBONE_PORT)
 		return steer_to(ctx, HBONE_PORT);
 	if (is_excluded(constant(netns), INBOUND, remote, ctx->local_port))
+		return SK_PASS;
+	if (is_opening_probe(ctx, local, remote))
 		return SK_PASS;
 	return steer_to(ctx, INBOUND_PORT);
 }
@@ -92,7 +111,7 @@ static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u3
 	by_lo = is_noted(&syn);
 	if (is_upstream != by_lo)
 		return SK_DROP;
-	return by_lo ? SK_PASS : inbound_from_outside(ctx, remote);
+	return by_lo ? SK_PASS : inbound_from_outside(ctx, local, remote);
 }
 
 /* To an address of this pod, and neither from one of its own nor from loopback. */
@@ -103,7 +122,7 @@ static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct addre
 		return inbound_by_note(ctx, local->ip, remote->ip);
 	if (ctx->ingress_ifindex == LOOPBACK_IFINDEX)
 		return SK_PASS;
-	return inbound_from_outside(ctx, remote->ip);
+	return inbound_from_outside(ctx, local->ip, remote->ip);
 }
 
 /* DNS over TCP has a listener of its own. */

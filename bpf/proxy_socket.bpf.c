@@ -7,6 +7,7 @@
  * The netns cookie goes into the socket's storage where the socket is made:
  * sockops programs can read that, but not the cookie itself before Linux 5.15.
  */
+#include "ends.h"
 #include "maps.h"
 
 DEFINE_LISTENERS;
@@ -38,19 +39,6 @@ static __always_inline void listening(struct bpf_sock_ops *ctx, __u64 netns)
 
 	if (is_our_port(key.port))
 		bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);
-}
-
-static __always_inline void read_ends(struct connection *key, struct bpf_sock_ops *ctx)
-{
-	key->from_port = ctx->local_port;
-	key->to_port = bpf_ntohl(ctx->remote_port);
-	if (ctx->family == AF_INET) {
-		set_ipv4(key->from, ctx->local_ip4);
-		set_ipv4(key->to, ctx->remote_ip4);
-	} else {
-		set_ipv6(key->from, ctx->local_ip6);
-		set_ipv6(key->to, ctx->remote_ip6);
-	}
 }
 
 /* Noted before the SYN leaves; where that fails the SYN is dropped, not captured. */

@@ -97,7 +97,8 @@ class AgentSettings:
     proxy_timeout: float = 10.0
     round_pause: float = 5.0
     bpf_loader: str = "libbpf"
+    probe_cgroup: Path | None = None
 
     @property
     def site(self) -> Site:
-        return Site(self.run_dir.path, self.bpffs, self.cgroup)
+        return Site(self.run_dir.path, self.bpffs, self.cgroup, self.probe_cgroup)

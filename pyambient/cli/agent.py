@@ -18,6 +18,7 @@ from .options import (
     existing_cgroup,
     log_format_option,
     log_level_option,
+    probe_cgroup_option,
     require_root,
     stop_with_parent_option,
 )
@@ -30,6 +31,7 @@ from .options import (
     ),
 )
 @cgroup_option
+@probe_cgroup_option
 @bpf_loader_option
 @log_format_option
 @log_level_option
@@ -37,11 +39,12 @@ from .options import (
 @stop_with_parent_option
 @common_options
 @click.pass_context
-def command(
+def command(  # noqa: PLR0913 - a parameter for each option
     ctx: click.Context,
     /,
     *,
     cgroup: Path | None,
+    probe_cgroup: Path | None,
     bpf_loader: str,
     log_format: str,
     log_level: str,
@@ -64,7 +67,11 @@ def command(
     configure(log_format, log_level)
     run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
     settings = AgentSettings(
-        run_dir, existing_cgroup(cgroup), drain_timeout=drain_timeout, bpf_loader=bpf_loader
+        run_dir,
+        existing_cgroup(cgroup),
+        drain_timeout=drain_timeout,
+        bpf_loader=bpf_loader,
+        probe_cgroup=existing_cgroup(probe_cgroup) if probe_cgroup else None,
     )
     run(settings)
     if stop_with_parent is None:

@@ -58,6 +58,12 @@ cgroup_option = click.option(
     type=click.Path(path_type=Path),
     help="The cgroup2 directory that holds apps and proxy.  [default: the root of cgroup2]",
 )
+probe_cgroup_option = click.option(
+    "--probe-cgroup",
+    type=click.Path(path_type=Path),
+    help="The cgroup of what probes the pods' health from this node, such as kubelet's: what it"
+    " connects to is exempt from policy.  [default: all of the node's own network namespace]",
+)
 mesh_option = click.option(
     "--mesh",
     type=click.Path(dir_okay=False, path_type=Path),

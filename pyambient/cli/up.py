@@ -32,6 +32,7 @@ from .options import (
     log_format_option,
     log_level_option,
     mesh_option,
+    probe_cgroup_option,
     require_root,
     trust_domain_option,
 )
@@ -46,6 +47,7 @@ class _Settings:
 
     run_dir: Path
     cgroup: Path | None
+    probe_cgroup: Path | None
     mesh: Path | None
     ca_dir: Path | None
     trust_domain: str
@@ -59,6 +61,7 @@ class _Settings:
             *self._common("agent"),
             f"--drain-timeout={self.drain_timeout}",
             f"--bpf-loader={self.bpf_loader}",
+            *([f"--probe-cgroup={self.probe_cgroup.absolute()}"] if self.probe_cgroup else []),
         ]
 
     def proxy(self) -> list[str]:
@@ -86,6 +89,7 @@ class _Settings:
     ),
 )
 @cgroup_option
+@probe_cgroup_option
 @bpf_loader_option
 @mesh_option
 @ca_dir_option

@@ -64,6 +64,7 @@ class Bpf:
             )
         self._bpffs = str(site.bpffs)
         self._cgroup = site.cgroup
+        self._probe_cgroup = site.probe_cgroup or site.cgroup
         self._constants = constants
 
     def plan(
@@ -84,7 +85,10 @@ class Bpf:
         routes = [step for step in routing if isinstance(step, Route)]
         sysctls = _FOR_ANSWERS + (_FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
         steps: tuple[Step, ...] = (
-            NodeStep(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
+            NodeStep(
+                *(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
+                *(str(self._probe_cgroup), self._constants.node),
+            ),
             ReservedPorts(),
             *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
             *routing,

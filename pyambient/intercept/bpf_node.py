@@ -20,6 +20,7 @@ do nothing: the map `pods`, by which they know whom to serve, is filled by a pod
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import fcntl
 import os
@@ -42,8 +43,17 @@ MAPS: Final = (
     *("pods", "addresses", "devices", "listeners"),
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
     *("dns_pods", RESOLVERS_MAP),
+    *("probe_sockets", "probes"),
 )
 PROGRAM_PREFIX: Final = "pyamb_"
+
+
+class Place(enum.Enum):
+    """A cgroup that hooks are on: that of all apps, the proxy's, that of what probes pods."""
+
+    APPS = enum.auto()
+    PROXY = enum.auto()
+    PROBES = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Hook:
     source: str
     program: str
     attach_type: AttachType
-    on_proxy: bool = False
+    place: Place = Place.APPS
 
     @property
     def pin(self) -> str:
@@ -62,8 +72,8 @@ class Hook:
 
 # The proxy must be known before connects are judged.
 HOOKS: Final = (
-    Hook("proxy_socket", "pyamb_sock", AttachType.SOCK_CREATE, on_proxy=True),
-    Hook("proxy_socket", "pyamb_sockops", AttachType.SOCK_OPS, on_proxy=True),
+    Hook("proxy_socket", "pyamb_sock", AttachType.SOCK_CREATE, Place.PROXY),
+    Hook("proxy_socket", "pyamb_sockops", AttachType.SOCK_OPS, Place.PROXY),
     Hook("bind", "pyamb_bind4", AttachType.BIND4),
     Hook("bind", "pyamb_bind6", AttachType.BIND6),
     Hook("connect", "pyamb_connect4", AttachType.CONNECT4),
@@ -76,16 +86,24 @@ HOOKS: Final = (
     Hook("dns", "pyamb_dns_recv6", AttachType.UDP6_RECVMSG),
     Hook("dns", "pyamb_dns_peer4", AttachType.GETPEERNAME4),
     Hook("dns", "pyamb_dns_peer6", AttachType.GETPEERNAME6),
+    Hook("probe", "pyamb_probe4", AttachType.CONNECT4, Place.PROBES),
+    Hook("probe", "pyamb_probe6", AttachType.CONNECT6, Place.PROBES),
+    Hook("probe", "pyamb_probing", AttachType.SOCK_OPS, Place.PROBES),
 )
 
 
 class NodePrograms:
     """The shared programs of one bpffs directory and one cgroup."""
 
-    def __init__(self, bpffs: Path, cgroup: Path) -> None:
+    def __init__(self, bpffs: Path, cgroup: Path, probe_cgroup: Path | None = None) -> None:
         self.bpffs = bpffs
         self.cgroup = cgroup
         self.proxy_cgroup = cgroup / "pyambient-proxy"
+        self.cgroups = {
+            Place.APPS: cgroup,
+            Place.PROXY: self.proxy_cgroup,
+            Place.PROBES: probe_cgroup or cgroup,
+        }
         self.directory = bpffs / "node"
         self._building = bpffs / "building"
 
@@ -181,7 +199,7 @@ class NodePrograms:
             os.close(target)
 
     def _cgroup_of(self, hook: Hook) -> Path:
-        return self.proxy_cgroup if hook.on_proxy else self.cgroup
+        return self.cgroups[hook.place]
 
     def _is_attached(self, directory: Path, hook: Hook) -> bool:
         """False if it has to be attached (again); an error if it serves another cgroup."""

@@ -24,6 +24,7 @@ from . import lo_filter
 from .bpf_node import (
     HOOKS,
     NodePrograms,
+    Place,
     detach_pinned,
     existing_map,
     node_map,
@@ -34,7 +35,7 @@ from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
 from .original_dns import RESOLVERS_MAP, slot_key
 
-_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections", "dns_pods")
+_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections", "dns_pods", "probes")
 _LINK_PIN = "sk_lookup"
 _NOTES_PIN = "notes"
 
@@ -59,17 +60,15 @@ class NodeStep:
     cgroup: str
     has_ingress_ifindex: bool
     has_set_retval: bool
+    probe_cgroup: str
+    node: int
 
     def describe(self) -> str:
-        here = " ".join(hook.pin for hook in HOOKS if not hook.on_proxy)
-        there = " ".join(hook.pin for hook in HOOKS if hook.on_proxy)
-        return (
-            f"bpf attach {here} to {self.cgroup}, {there} to {self._node.proxy_cgroup}, "
-            f"pinned in {self._node.directory}"
-        )
+        placed = (f"{_pins(place)} to {self._node.cgroups[place]}" for place in Place)
+        return f"bpf attach {', '.join(placed)}, pinned in {self._node.directory}"
 
     def apply(self, pod: Pod) -> Self:
-        constants = Constants(0, self.has_ingress_ifindex, self.has_set_retval)
+        constants = Constants(0, self.node, self.has_ingress_ifindex, self.has_set_retval)
         self._node.claim(pod.uid, constants)
         return self
 
@@ -81,7 +80,11 @@ class NodeStep:
 
     @property
     def _node(self) -> NodePrograms:
-        return NodePrograms(Path(self.bpffs), Path(self.cgroup))
+        return NodePrograms(Path(self.bpffs), Path(self.cgroup), Path(self.probe_cgroup))
+
+
+def _pins(place: Place) -> str:
+    return " ".join(hook.pin for hook in HOOKS if hook.place is place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +343,7 @@ class SkLookup:
         if self.missing(pod) is None:
             return self
         pin.unlink(missing_ok=True)
-        constants = Constants(self.cookie, self.has_ingress_ifindex)
+        constants = Constants(self.cookie, has_ingress_ifindex=self.has_ingress_ifindex)
         with (
             self._existing_maps(pod) as shared,
             load("lookup", constants, shared) as loaded,

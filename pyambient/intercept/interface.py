@@ -46,11 +46,16 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where on this node our state lives."""
+    """Where on this node our state lives.
+
+    `cgroup` is the one of all apps, `probe_cgroup` that of what probes their health from the node
+    (None: the same).
+    """
 
     run_dir: Path
     bpffs: Path
     cgroup: Path | None
+    probe_cgroup: Path | None = None
 
     @property
     def proxy_cgroup(self) -> Path | None:

@@ -68,11 +68,13 @@ class Constants:
     """`struct constants` of bpf/compat.h."""
 
     netns: int = 0
+    node: int = 0
     has_ingress_ifindex: bool = False
     has_set_retval: bool = False
 
     def packed(self) -> bytes:
-        return struct.pack("=QII", self.netns, self.has_ingress_ifindex, self.has_set_retval)
+        flags = (self.has_ingress_ifindex, self.has_set_retval)
+        return struct.pack("=QQII", self.netns, self.node, *flags)
 
 
 class BpfObject:

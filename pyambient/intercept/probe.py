@@ -19,10 +19,10 @@ from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.netns import Netns
 
 from . import libbpf, lo_filter
-from .bpf_node import HOOKS
+from .bpf_node import HOOKS, Place
 from .kernel_objects import AttachType, Link
 from .loader import BpfObject, Constants, ProgramRefused, load
-from .netns_cookie import ask_by_connect
+from .netns_cookie import ask_by_connect, netns_cookie
 from .scratch_cgroup import scratch_cgroup
 
 _BPF_MAP_TYPE_HASH: Final = 1
@@ -101,8 +101,17 @@ def constants(cgroup: Path | None) -> Constants:
     """What the programs are told of this kernel."""
     present = {feature.name for feature in probe(cgroup) if feature.present}
     return Constants(
-        has_ingress_ifindex=_INGRESS_IFINDEX in present, has_set_retval=_SET_RETVAL in present
+        node=node_cookie(cgroup),
+        has_ingress_ifindex=_INGRESS_IFINDEX in present,
+        has_set_retval=_SET_RETVAL in present,
     )
+
+
+@functools.cache
+def node_cookie(cgroup: Path | None) -> int:
+    """The cookie of the network namespace that this process is in, which is the node's."""
+    with Netns.own() as own:
+        return netns_cookie(own, cgroup)
 
 
 def _installation(_: Path | None) -> None:
@@ -140,7 +149,7 @@ def _hooks(cgroup: Path | None, sources: frozenset[str]) -> None:
 
 
 def _app_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(("bind", "connect")))
+    _hooks(cgroup, frozenset(("bind", "connect", "probe")))
 
 
 def _dns_hooks(cgroup: Path | None) -> None:
@@ -148,7 +157,7 @@ def _dns_hooks(cgroup: Path | None) -> None:
 
 
 def _proxy_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(hook.source for hook in HOOKS if hook.on_proxy))
+    _hooks(cgroup, frozenset(hook.source for hook in HOOKS if hook.place is Place.PROXY))
 
 
 def _sk_lookup(_: Path | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pyambient.errors import UnsupportedFeature
@@ -29,9 +31,13 @@ def kernel(
     All that stands in for what is missing then works on every later kernel as well.
     """
     if request.param == "as Linux 5.10":
-        monkeypatch.setattr(probe, "constants", lambda _: Constants())
+        monkeypatch.setattr(probe, "constants", _of_linux_5_10)
         monkeypatch.setattr(Netns, "cookie", _no_cookie)
     return probe.constants(cgroup_tree.path)
+
+
+def _of_linux_5_10(cgroup: Path) -> Constants:
+    return Constants(node=probe.node_cookie(cgroup))
 
 
 def _no_cookie(netns: Netns) -> int:

@@ -138,7 +138,7 @@ def test_the_programs_are_told_what_was_found(site: Site, monkeypatch: pytest.Mo
 
     probe.probe.cache_clear()
     _refuse(monkeypatch, "bpf_set_retval", "run")
-    assert probe.constants(site.cgroup) == Constants()
+    assert probe.constants(site.cgroup) == Constants(node=probe.node_cookie(site.cgroup))
 
 
 def test_no_cgroup2(site: Site) -> None:

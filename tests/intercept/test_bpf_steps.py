@@ -12,7 +12,7 @@ import pytest
 from pyambient.errors import PyambientError
 from pyambient.intercept import runner
 from pyambient.intercept.bpf import Bpf
-from pyambient.intercept.bpf_node import HOOKS, MAPS, NodePrograms, node_map, pod_directory
+from pyambient.intercept.bpf_node import HOOKS, MAPS, NodePrograms, Place, node_map, pod_directory
 from pyambient.intercept.bpf_steps import NodeStep
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import (
@@ -203,7 +203,9 @@ def test_the_programs_are_shared(node: NodePrograms) -> None:
     node.claim("two.with.dots", Constants())
 
     assert links_on(node.cgroup, node.proxy_cgroup) == first
-    assert (len(links_on(node.cgroup)), len(links_on(node.proxy_cgroup))) == (len(HOOKS) - 2, 2)
+    on_proxy = sum(hook.place is Place.PROXY for hook in HOOKS)
+    assert len(links_on(node.proxy_cgroup)) == on_proxy
+    assert len(links_on(node.cgroup)) == len(HOOKS) - on_proxy
     pins = {path.name for path in node.directory.iterdir()}
     assert pins == {*MAPS, *(hook.pin for hook in HOOKS)}
 
@@ -297,7 +299,8 @@ def test_bpf_without_a_cgroup(tmp_path: Path) -> None:
 def test_a_pin_directory_that_cannot_be(bed: Bed, tmp_path: Path) -> None:
     """No bpffs at the given place, and none can be mounted there: one line, no trace."""
     pod = bed.pod("a")
-    step = NodeStep(str(tmp_path / "no" / "such" / "pins"), str(bed.cgroup.path), True, True)
+    cgroup = str(bed.cgroup.path)
+    step = NodeStep(str(tmp_path / "no" / "such" / "pins"), cgroup, True, True, cgroup, 1)
 
     with pytest.raises(PyambientError, match=r"no BPF file system.*mount -t bpf"):
         step.apply(target(pod))
