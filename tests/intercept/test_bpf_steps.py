@@ -286,7 +286,7 @@ def test_two_processes_that_claim_at_once(bed: Bed, node: NodePrograms) -> None:
         child.wait()
 
     assert len(list((BPFFS / "pods").iterdir())) == 8
-    assert len(links_on(node.cgroup)) == len(HOOKS) - 2
+    assert len(links_on(node.cgroup, node.proxy_cgroup)) == len(HOOKS)
     assert node.missing("pod-0") is None
 
 
