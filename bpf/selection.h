@@ -39,7 +39,7 @@ DEFINE_HASH_OF_TRIES(selections, struct selection, 8192, struct selector, __u8, 
 
 static __always_inline int excludes(void *trie, const struct selector *key)
 {
-	__u8 *excluded = bpf_map_lookup_elem(trie, key);
+	__u8 *excluded = bpf_map_lookup_elem(trie, (void *)key);
 
 	return excluded && *excluded;
 }

@@ -38,6 +38,8 @@ SOURCES: Final = OBJECTS / "source"
 _DISTRIBUTION: Final = "/usr/lib/python3/dist-packages"
 _LOG_BYTES: Final = 1 << 20
 _NO_ATTACH_TYPE: Final = -1
+# How compat.h names the pattern of a map's inner maps, which libbpf keeps to itself.
+_PATTERN: Final = "_inner"
 _PROGRAM: Final = re.compile(r'^SEC\("([^"]+)"\)\s+int (\w+)\(', re.MULTILINE)
 # enum bpf_prog_type, and the attach type that the verifier wants to know.
 _SECTIONS: Final = {
@@ -127,8 +129,13 @@ class BccObject:
 
     def _map_fds(self) -> dict[str, int]:
         module, lib = self._compiled.module, self._lib
-        names = [lib.bpf_table_name(module, i) for i in range(lib.bpf_num_tables(module))]
-        return {name.decode(): lib.bpf_table_fd(module, name) for name in names}
+        raw = [lib.bpf_table_name(module, i) for i in range(lib.bpf_num_tables(module))]
+        names = [name.decode() for name in raw]
+        return {
+            name: lib.bpf_table_fd(module, name.encode())
+            for name in names
+            if not name.endswith(_PATTERN)
+        }
 
     def close(self) -> None:
         """Give up the programs and maps that no link, pin or other handle holds."""
