@@ -9,6 +9,7 @@ import pytest
 from pyambient.agent.interception import free
 from pyambient.agent.records import State
 from pyambient.errors import PyambientError
+from pyambient.intercept.interface import to_record
 from tests.bed import BedPod, changes, kernel_state
 
 from .rig import DieAfter, Rig
@@ -140,3 +141,25 @@ def test_the_next_agent_goes_on_with_a_drain(rig: Rig) -> None:
 
 def _unenroll(_: object, rig: Rig, path: str) -> None:
     rig.ask("unenroll", netns=path)
+
+
+def test_a_change_of_choices_is_completed_by_the_next_agent(rig: Rig, backend: str) -> None:
+    """Killed between noting what was chosen and doing it, an agent leaves the rest to the next."""
+    pod, other = rig.bed.pod("one"), rig.bed.pod("two")
+    agent = rig.start_agent()
+    rig.start_proxy()
+    before = kernel_state(pod, other)
+    for one in (pod, other):
+        rig.enroll(one, backend)
+    agent.kill()
+    record = rig.records()["one"]
+    chosen = {"outbound": {"exclude_cidrs": "10.96.0.0/12,fd96::/16"}}
+    rig.store.write(record.changed(options=record.options.changed(chosen)))
+    rig.start_agent()
+    rig.wait_for_proxies()
+    rig.wait_until(lambda: "10.96.0.0" in str(to_record(rig.records()["one"].steps)))
+    rig.wait_until(lambda: not any(c["problem"] for c in rig.ask("verify", netns=pod.path)))
+    assert rig.records()["two"].steps != rig.records()["one"].steps
+    for one in (pod, other):
+        rig.ask("unenroll", netns=one.path, drain_timeout=0)
+    assert changes(before, kernel_state(pod, other)) == []
