@@ -17,6 +17,7 @@ from pyambient.intercept.interface import Pod
 from pyambient.intercept.runner import verify as verify_steps
 from pyambient.netns import Netns
 
+from .probe import TARGETS
 from .records import Record, State
 
 _PROBE_TIMEOUT: Final = 20.0
@@ -40,11 +41,19 @@ def verify(record: Record, netns: Netns) -> list[Check]:
     families = _families(record)
     if not families:
         return [*checks, Check("the pod has an address", "it has none, so nothing can be tried")]
-    answers = _probe(netns, record.cgroup, families)
+    tried = [family for family in families if _is_captured(record, family)]
+    answers = _probe(netns, record.cgroup, tried) if tried else {}
     return checks + [
         Check(f"an {family} connection of an app reaches the proxy", answers[family] or "")
+        if family in tried
+        else Check(f"{TARGETS[family][0]} is excluded, so {family} was not tried")
         for family in families
     ]
+
+
+def _is_captured(record: Record, family: str) -> bool:
+    target, _ = TARGETS[family]
+    return record.options.outbound.captures(target.ip, target.port)
 
 
 def _state(record: Record) -> Check:

@@ -88,3 +88,13 @@ def test_the_probe_leaves_no_cgroup(rig: Rig, proxy: Child, cgroup_tree: CgroupT
     before = set(cgroup_tree.directories())
     assert failures(rig, pod) == {}
     assert set(cgroup_tree.directories()) == before
+
+
+def test_what_is_excluded_is_not_tried(rig: Rig, proxy: Child, backend: str) -> None:
+    """A pod that leaves out the address that is tried is not blamed for it."""
+    pod = rig.bed.pod("one")
+    rig.enroll(pod, backend)
+    rig.ask("set", netns=pod.path, options={"outbound": {"include_cidrs": "2001:db8::/32"}})
+    assert failures(rig, pod) == {}
+    checks = [check["what"] for check in rig.ask("verify", netns=pod.path)]
+    assert checks[2:] == ["192.0.2.1:9 is excluded, so IPv4 was not tried", IPV6]
