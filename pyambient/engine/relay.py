@@ -26,13 +26,14 @@ import socket
 import struct
 from collections.abc import Callable
 
-from pyambient.hbone import ErrorCode, Headers, Stream
+from pyambient.hbone import HEADER_SIZE, ErrorCode, Headers, Stream
 
 from .loop import ALL_APP_EVENTS, APP_EVENTS, GONE, IN, OUT, Loop
 from .tunnel import Tunnel
 
 _READ_MIN = 4 << 10
-_READ_MAX = 256 << 10
+# With the frame's header a block is exactly sixteen full TLS records.
+_READ_MAX = (256 << 10) - HEADER_SIZE
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -145,52 +146,42 @@ class StreamRelay:
             tunnel.park(self)
             return
         view = tunnel.connection.reserve(stream, self._want)
-        if not len(view):
-            self._no_room()
-            return
-        count = self._receive(view)
-        if count > 0:
-            tunnel.connection.commit(stream, count)
-            self.bytes_up += count
+        if view:
+            self._read_block(stream, view)
+        else:
+            # The stream's `writable` will come: from the peer's window, or from what is sent now.
             self._loop.flush_soon(tunnel)
-            self._after_block(full=count == len(view))
-        elif count == 0:
-            self._app_end()
 
-    def _receive(self, view: memoryview) -> int:
-        """Bytes received, 0 at the app's end, -1 if there is nothing (or nothing any more)."""
+    def _read_block(self, stream: Stream, view: memoryview) -> None:
         try:
-            return self.sock.recv_into(view)
+            count = self.sock.recv_into(view)
         except BlockingIOError:
             self._readable = False
+            return
         except OSError as error:
             self.abort(f"receive: {error.strerror}")
-        return -1
-
-    def _after_block(self, *, full: bool) -> None:
-        """A full block wants a larger one and another turn; a short one means: drained."""
-        if full:
-            self._want = min(self._want * 4, _READ_MAX)
-            self.tunnel.flush_if_full()
-            self._requeue()
-        elif self._hung_up:
+            return
+        if not count:
+            self._app_end()
+            return
+        self.tunnel.connection.commit(stream, count)
+        self.bytes_up += count
+        if count == len(view):
+            self._after_full_block()
+            return
+        self._loop.flush_soon(self.tunnel)
+        if self._hung_up:
             self._requeue()
         else:
-            self._want = max(_READ_MIN, self._want // 2)
             self._readable = False
+            if self._want > _READ_MIN:
+                self._want //= 2
 
-    def _no_room(self) -> None:
-        """The window is closed (the stream's `writable` will come) or the output is full."""
-        if len(self.tunnel.connection.pending):
-            self.tunnel.flush()
-            if not self.tunnel.blocked and self.stream is not None and self._can_send():
-                self._requeue()
-            elif self.tunnel.blocked:
-                self.tunnel.park(self)
-
-    def _can_send(self) -> bool:
-        stream = self.stream
-        return stream is not None and len(self.tunnel.connection.reserve(stream, 1)) > 0
+    def _after_full_block(self) -> None:
+        """There may be more: a larger block and another turn."""
+        self._want = min(self._want * 4, _READ_MAX)
+        self.tunnel.flush_if_full()
+        self._requeue()
 
     def _app_end(self) -> None:
         self._app_ended = True
@@ -292,8 +283,7 @@ class StreamRelay:
         self._credit(count)
 
     def _credit(self, count: int) -> None:
-        if count and self.stream is not None:
-            self.tunnel.connection.credit(self.stream, count)
+        if count and self.stream is not None and self.tunnel.connection.credit(self.stream, count):
             self._loop.flush_soon(self.tunnel)
 
     def _app_shutdown(self) -> None:

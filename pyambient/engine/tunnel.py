@@ -134,23 +134,26 @@ class Tunnel:
         was_blocked = transport.blocked
         if was_blocked and not transport.push():
             return
-        pending = connection.pending
-        while len(pending):
-            taken = transport.send(pending)
-            connection.sent(taken)
+        while connection.pending_count:
+            connection.sent(transport.send(connection.pending))
             if transport.blocked:
                 break
-            pending = connection.pending
-        self._watch_out(transport.blocked)
-        if was_blocked and not transport.blocked:
+        blocked = transport.blocked
+        if blocked is not self._watching_out:
+            self._watch_out(blocked)
+        if blocked:
+            return
+        if was_blocked:
             self._unpark()
-        if self._farewell and not transport.blocked:
+        if self._farewell:
             self.loop.call_soon(self._leave)
 
     def flush_if_full(self) -> None:
-        """Flush now if a good batch is waiting; relays call this between two reads."""
-        if len(self.connection.pending) >= _FLUSH_AT:
+        """Flush now if a good batch is waiting, else at the end of the turn."""
+        if self.connection.pending_count >= _FLUSH_AT:
             self.flush()
+        else:
+            self.loop.flush_soon(self)
 
     def park(self, relay: Parked) -> None:
         """Resume `relay` when the tunnel is not blocked any more."""
@@ -162,9 +165,8 @@ class Tunnel:
             self.loop.call_soon(relay.resume)
 
     def _watch_out(self, wanted: bool) -> None:  # noqa: FBT001 - a state, not an option
-        if wanted is not self._watching_out:
-            self._watching_out = wanted
-            self.loop.rewatch(self._fd, IN | OUT if wanted else IN)
+        self._watching_out = wanted
+        self.loop.rewatch(self._fd, IN | OUT if wanted else IN)
 
     def drain(self) -> None:
         """Send GOAWAY: the peer opens nothing more here, what is open goes on."""

@@ -15,6 +15,7 @@ here knows sockets, TLS or trio. The primitives:
 from .connection import Connection
 from .control import LocalSettings
 from .errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from .frames import HEADER_SIZE
 from .headers import Headers
 from .interface import Owner, Role, StreamSink
 from .output import Output, OutputPool
@@ -22,6 +23,7 @@ from .request import ConnectRequest
 from .streams import Stream
 
 __all__ = [
+    "HEADER_SIZE",
     "ConnectRequest",
     "Connection",
     "ErrorCode",

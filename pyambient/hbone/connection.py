@@ -82,6 +82,11 @@ class Connection(Receiver):
     # Output
 
     @property
+    def pending_count(self) -> int:
+        """How many bytes `pending` has."""
+        return self._out.count
+
+    @property
     def pending(self) -> memoryview:
         """Bytes to send now, perhaps none; valid until the connection is used again.
 
@@ -191,8 +196,11 @@ class Connection(Receiver):
         self._out.put(frames.rst_stream(stream.id, code))
         self._kill(stream, Fate.RESET)
 
-    def credit(self, stream: Stream, count: int) -> None:
-        """The receiver has consumed `count` bytes of payload: the peer may send as many."""
+    def credit(self, stream: Stream, count: int) -> bool:
+        """The receiver has consumed `count` bytes of payload: the peer may send as many.
+
+        Whether that has made something to send.
+        """
         uncredited = stream.uncredited
         if count > uncredited:
             if not stream.closed:
@@ -200,6 +208,7 @@ class Connection(Receiver):
             count = uncredited
         if count > 0:
             self._consume(stream, count)
+        return not self._out.empty
 
     # The connection as a whole
 

@@ -31,6 +31,7 @@ class LocalSettings:
     """What we tell and allow the peer, and how far we go ourselves; sizes in bytes."""
 
     stream_window: int = numbers.STREAM_WINDOW
+    shared_stream_window: int = numbers.SHARED_STREAM_WINDOW
     connection_window: int = numbers.CONNECTION_WINDOW
     max_frame_accepted: int = numbers.MAX_FRAME_ACCEPTED
     max_frame_sent: int = numbers.MAX_FRAME_SENT
@@ -38,10 +39,15 @@ class LocalSettings:
     max_streams_opened: int = numbers.MAX_STREAMS_OPENED
     max_header_list: int = numbers.MAX_HEADER_LIST
 
+    @property
+    def initial_window(self) -> int:
+        """What a stream begins with."""
+        return min(self.stream_window, self.shared_stream_window)
+
     def for_wire(self, role: Role) -> Settings:
         """The SETTINGS that our preface carries."""
         values = {
-            SettingCodes.INITIAL_WINDOW_SIZE: self.stream_window,
+            SettingCodes.INITIAL_WINDOW_SIZE: self.initial_window,
             SettingCodes.MAX_FRAME_SIZE: self.max_frame_accepted,
             SettingCodes.MAX_HEADER_LIST_SIZE: self.max_header_list,
             SettingCodes.ENABLE_PUSH: 0,

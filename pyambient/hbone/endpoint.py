@@ -138,7 +138,7 @@ class Endpoint:
     ) -> Stream:
         """An idle stream, on the books."""
         connection = cast("Connection", self)
-        windows = (self._peer_window, self.settings.stream_window)
+        windows = (self._peer_window, self.settings.initial_window)
         stream = self.streams[stream_id] = Stream(connection, stream_id, request, windows, sink)
         return stream
 
@@ -170,12 +170,29 @@ class Endpoint:
 
     def _consume(self, stream: Stream, count: int) -> None:
         """The stream's receiver is done with `count` bytes: let the peer send as many."""
-        stream.consumed += count
-        if stream.consumed * 4 >= stream.full_window and stream.can_receive:
-            self._out.put(frames.window_update(stream.id, stream.consumed))
-            stream.receive_window += stream.consumed
-            stream.consumed = 0
+        consumed = stream.consumed = stream.consumed + count
+        if consumed * 4 >= stream.full_window and stream.can_receive:
+            more = self._fit_window(stream)
+            if more > 0:
+                self._out.put(frames.window_update(stream.id, more))
+                stream.receive_window += more
+                stream.consumed = 0
         self._consume_connection(count)
+
+    def _fit_window(self, stream: Stream) -> int:
+        """How much to open a stream's window by: alone on its tunnel it may have a large one.
+
+        When others come, what it has is not taken away, but not given again either: so that a few
+        apps that stop reading cannot fill the connection's window.
+        """
+        settings = self.settings
+        window = settings.stream_window if len(self.streams) == 1 else settings.initial_window
+        change = window - stream.full_window
+        if change < 0:
+            change = max(change, -stream.consumed)
+            stream.consumed += change
+        stream.full_window += change
+        return stream.consumed + max(change, 0)
 
     def _consume_connection(self, count: int) -> None:
         """Open the connection's window alone: for bytes that no stream keeps."""

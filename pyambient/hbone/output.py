@@ -97,6 +97,12 @@ class Outbox:
         return self._output is None
 
     @property
+    def count(self) -> int:
+        """How many bytes `pending()` has."""
+        output = self._output
+        return 0 if output is None else output.end - output.start
+
+    @property
     def overflowing(self) -> bool:
         """More control frames are unsent than a peer that reads can cause."""
         return len(self._spill) > _SPILL_MAX

@@ -41,7 +41,9 @@ PROBE_ADDRESS_V6: Final = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
 # HTTP/2 (RFC 9113).
 MAX_FRAME_ACCEPTED: Final = 1 << 20
 MAX_FRAME_SENT: Final = 256 << 10
+# A stream that has its tunnel to itself; several share it with this much each.
 STREAM_WINDOW: Final = 4 << 20
+SHARED_STREAM_WINDOW: Final = 1 << 20
 CONNECTION_WINDOW: Final = 16 << 20
 MAX_STREAMS_ACCEPTED: Final = 200
 MAX_STREAMS_OPENED: Final = 100

@@ -11,7 +11,9 @@ from pyambient.hbone import ErrorCode, LocalSettings, Stream
 from .helpers import data, give, padded_data, rst, server, take
 
 CONNECTION_WINDOW = 70_000
-WINDOWS = LocalSettings(stream_window=20_000, connection_window=CONNECTION_WINDOW)
+WINDOWS = LocalSettings(
+    stream_window=20_000, shared_stream_window=6_000, connection_window=CONNECTION_WINDOW
+)
 IDS = st.sampled_from([1, 3, 5, 7])
 SIZES = st.integers(1, 3000)
 

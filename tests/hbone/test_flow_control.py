@@ -307,3 +307,44 @@ def test_every_byte_is_credited_once() -> None:
         assert _credited(peer.connection) + held == 70_000
     assert received > 20_000
     take(peer.connection)
+
+
+SHARED = LocalSettings(stream_window=4000, shared_stream_window=1000, connection_window=80_000)
+
+
+def test_a_stream_alone_gets_the_large_window() -> None:
+    """With its first credit the only stream of a tunnel may have four times as much under way."""
+    peer = server(settings=SHARED, hold=True)
+    stream, _ = peer.accepted()
+    peer.give(data(1, bytes(500)))
+    peer.connection.credit(stream, 500)
+    assert take(peer.connection) == window_update(1, 3500)
+    assert stream.receive_window == 4000
+
+
+def test_a_stream_that_gets_company_keeps_a_small_window() -> None:
+    """What it had is not taken away, but it is not given again either."""
+    peer = server(settings=SHARED, hold=True)
+    stream, _ = peer.accepted()
+    peer.give(data(1, bytes(500)))
+    peer.connection.credit(stream, 500)
+    take(peer.connection)
+    peer.accepted(3)
+    for _ in range(4):
+        peer.give(data(1, bytes(1000)))
+    peer.connection.credit(stream, 3000)
+    assert take(peer.connection) == b""
+    peer.connection.credit(stream, 1000)
+    assert take(peer.connection) == window_update(1, 1000)
+    assert stream.receive_window == 1000
+
+
+def test_streams_that_stall_leave_room_for_the_others() -> None:
+    """Eight apps that read nothing hold half of the connection's window, not all of it."""
+    peer = server(hold=True)
+    for stream_id in range(1, 16, 2):
+        stream, _ = peer.accepted(stream_id)
+        for _ in range(64):
+            peer.give(data(stream_id, bytes(16 << 10)))
+        assert stream.receive_window == 0
+    assert peer.connection._receive_window == 8 << 20

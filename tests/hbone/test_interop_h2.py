@@ -214,10 +214,10 @@ def test_server_bulk() -> None:
 
 
 def test_server_offers_our_settings() -> None:
-    """An h2 client sees ztunnel's numbers."""
+    """An h2 client sees ztunnel's numbers, but for the window of a stream that shares."""
     peer = Server()
     settings = peer.h2.remote_settings
-    assert settings.initial_window_size == 4 << 20
+    assert settings.initial_window_size == 1 << 20
     assert settings.max_frame_size == 1 << 20
     assert settings.max_concurrent_streams == 200
     assert settings.max_header_list_size == 64 << 10

@@ -224,7 +224,7 @@ def test_reprs_are_for_people() -> None:
     """Long-lived objects say who they are and how they are."""
     pair = Pair()
     ours, *_ = pair.tunnel()
-    assert repr(ours) == "<Stream 1 open, 10.0.0.2:8080, window 4194304>"
+    assert repr(ours) == "<Stream 1 open, 10.0.0.2:8080, window 1048576>"
     assert repr(pair.client) == "<Connection client open, 1 streams, window 16777216>"
     pair.client.go_away()
     assert "draining" in repr(pair.client)
