@@ -50,6 +50,8 @@ enum { maps_before = __COUNTER__ };
 	DEFINE_TABLE(name, "lru_hash", key_type, value_type, entries, 0)
 #define DEFINE_SOCKHASH(name, key_type, entries) \
 	DEFINE_TABLE(name, "sockhash", key_type, __u64, entries, 0)
+#define DEFINE_ARRAY(name, value_type, entries) \
+	DEFINE_TABLE(name, "array", int, value_type, entries, 0)
 #define DEFINE_PERCPU_ARRAY(name, value_type, entries) \
 	DEFINE_TABLE(name, "percpu_array", int, value_type, entries, 0)
 #define DEFINE_SK_STORAGE(name, value_type, clone) \
@@ -97,6 +99,14 @@ enum { maps_before = __COUNTER__ };
 		__uint(max_entries, entries);			\
 		__type(key, key_type);				\
 		__type(value, __u64);				\
+	} name SEC(".maps")
+
+#define DEFINE_ARRAY(name, value_type, entries)			\
+	struct {						\
+		__uint(type, BPF_MAP_TYPE_ARRAY);		\
+		__uint(max_entries, entries);			\
+		__type(key, __u32);				\
+		__type(value, value_type);			\
 	} name SEC(".maps")
 
 #define DEFINE_PERCPU_ARRAY(name, value_type, entries)		\
@@ -157,6 +167,10 @@ struct constants {
 	__u64 node;			/* cookie of the node's own network namespace */
 	__u32 has_ingress_ifindex;	/* sk_lookup can read it: Linux 5.17 */
 	__u32 has_set_retval;		/* a hook can choose its errno: Linux 5.18 */
+	__u32 is_ethernet;		/* packets of this device have an Ethernet header */
+	__u32 counts_only;		/* the guard counts what it would drop, and lets it pass */
+	__u32 sign;			/* what the guard leaves in skb->hash for the node's, or 0 */
+	__u32 padding;
 };
 
 #endif

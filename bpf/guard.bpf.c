@@ -1,36 +1,209 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * tc egress on each device of a pod: a captured socket stays captured.
+ * tc egress on each device of a pod: TCP leaves by the proxy, or not at all.
  *
- * The mark that turns a connection to the proxy is the app's to change once it
- * is connected (CAP_NET_RAW is enough), and its next bytes would then go to
- * their destination in plain text. What connect() noted on the socket itself is
- * not the app's to change, and nothing of such a socket belongs on the wire:
- * captured packets go out over lo.
+ * Every TCP packet is judged by the socket that sent it. Nothing in the packet
+ * counts, and no mark: both are the app's to choose (CAP_NET_RAW is enough).
+ * What connect() noted on a socket is not; nor is the socket's cookie, by which
+ * the connections from before the enrolment are known. Captured packets go out
+ * over lo, and so do an app's answers to the proxy: nothing of them comes here.
+ *
+ * Some segments come without a socket that could be asked: the kernel's own
+ * answers for what has none (any more). They hold no data, and pass if they are
+ * a reset, or belong to a connection that the kernel still has in TIME-WAIT or
+ * is about to accept. An IPv4 answer comes from a raw socket of the kernel's,
+ * which nothing tells from an app's: so an app with CAP_NET_RAW can send such
+ * segments, too. They open nothing and carry nothing.
  */
-#include "maps.h"
-#include "packet.h"
+#include "selection.h"
 
+DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
+/* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
+DEFINE_HASH(existing, __u64, __u8, 1);
+DEFINE_CONSTANTS;
+
+#include "drops.h"
+
+#define PASS		-1
+
+#define SOCK_STREAM	1
+#define SOCK_DGRAM	2
+#define SOCK_RAW	3
+
+static __always_inline int is_internet(struct bpf_sock *sk)
+{
+	return sk->family == AF_INET || sk->family == AF_INET6;
+}
+
+static __always_inline int is_the_proxys(struct bpf_sock *sk)
+{
+	return storage_get(proxy_sockets, sk, 0) != NULL;
+}
+
+/* Of a connection about to be accepted as well: its socket inherits the cookie. */
+static __always_inline int is_older(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+
+	return map_lookup(existing, &cookie) != NULL;
+}
+
+/* An answer to a client that the pod's selection lets come in directly. */
+static __always_inline int is_to_excluded(const struct segment *seg)
+{
+	return is_excluded(constant(netns), INBOUND, seg->ends.to, seg->ends.from_port);
+}
+
+/* Once seen it is noted: it goes on if the pod's selection is another one later. */
+static __always_inline int pass_excluded(struct bpf_sock *sk)
+{
+	__u8 *noted = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (noted)
+		*noted = EXCLUDED;
+	return PASS;
+}
+
+/* The note comes first: a socket from before the enrolment may connect again. */
+static __always_inline int judge_stream(struct __sk_buff *skb, struct bpf_sock *sk, int kind,
+					const struct segment *seg)
+{
+	__u8 *noted = storage_get(captured_socks, sk, 0);
+
+	if (noted && *noted == CAPTURED)
+		return REASON_CAPTURED;
+	if (noted && *noted == EXCLUDED)
+		return PASS;
+	if (is_older(skb))
+		return PASS;
+	return kind == SEGMENT && is_to_excluded(seg) ? pass_excluded(sk) : REASON_SOCKET;
+}
+
+static __always_inline int is_empty(const struct segment *seg)
+{
+	return seg->offset + seg->tcp.doff * 4 == seg->end;
+}
+
+/* `found` is what the connection, seen from its other end, is looked up as. */
+static __always_inline int may_answer(struct bpf_sock *found, const struct segment *seg)
+{
+	struct bpf_sock *listener;
+
+	if (found->state == BPF_TCP_TIME_WAIT || found->state == BPF_TCP_NEW_SYN_RECV)
+		return 1;
+	if (found->state != BPF_TCP_LISTEN || !seg->tcp.syn)
+		return 0;
+	listener = bpf_sk_fullsock(found);	/* it answers with a cookie and keeps nothing */
+	return listener && is_the_proxys(listener);
+}
+
+static __always_inline struct bpf_sock *look_up(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct bpf_sock_tuple tuple = {};
+
+	if (is_mapped_ipv4(seg->ends.to)) {
+		tuple.ipv4.saddr = seg->ends.to[3];
+		tuple.ipv4.daddr = seg->ends.from[3];
+		tuple.ipv4.sport = seg->tcp.dest;
+		tuple.ipv4.dport = seg->tcp.source;
+		return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	}
+	set_ipv6(tuple.ipv6.saddr, seg->ends.to);
+	set_ipv6(tuple.ipv6.daddr, seg->ends.from);
+	tuple.ipv6.sport = seg->tcp.dest;
+	tuple.ipv6.dport = seg->tcp.source;
+	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+}
+
+static __always_inline int is_kernels_answer(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct bpf_sock *found;
+	int answers;
+
+	if (!is_empty(seg))
+		return 0;
+	if (seg->tcp.rst)
+		return 1;
+	if (!seg->tcp.ack)
+		return 0;
+	found = look_up(skb, seg);
+	if (!found)
+		return 0;
+	answers = may_answer(found, seg);
+	bpf_sk_release(found);
+	return answers;
+}
+
+static __always_inline int judge_other(struct __sk_buff *skb, struct bpf_sock *sk,
+				       const struct segment *seg)
+{
+	if (sk->family == AF_INET && sk->type == SOCK_RAW && sk->protocol == IPPROTO_TCP &&
+	    is_kernels_answer(skb, seg))
+		return PASS;
+	return REASON_RAW;
+}
+
+/* Forwarded packets have come in by a device, the kernel's own have not. */
+static __always_inline int judge_without(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct bpf_sock *sk = skb->sk, *listener = sk ? bpf_get_listener_sock(sk) : NULL;
+
+	if (listener && is_the_proxys(listener))
+		return PASS;
+	if (sk && (is_older(skb) || is_to_excluded(seg)))
+		return PASS;
+	if (skb->ingress_ifindex || !is_kernels_answer(skb, seg))
+		return REASON_FORWARDED;
+	return PASS;
+}
+
+/* Sockets that send no TCP, or all the TCP they like: nothing has to be read. */
+static __always_inline int is_free(struct bpf_sock *sk)
+{
+	return is_the_proxys(sk) || (is_internet(sk) && sk->type == SOCK_DGRAM);
+}
+
+static __always_inline int is_stream(struct bpf_sock *sk)
+{
+	return is_internet(sk) && sk->type == SOCK_STREAM && sk->protocol == IPPROTO_TCP;
+}
+
+/* A stream's packet is judged whatever it looks like by now: a tunnel may have wrapped it. */
+static __always_inline int judge(struct __sk_buff *skb, int kind, const struct segment *seg)
+{
+	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
+
+	if (sk && is_stream(sk))
+		return judge_stream(skb, sk, kind, seg);
+	if (kind == OTHER)
+		return PASS;
+	if (kind == UNREADABLE)
+		return REASON_UNREADABLE;
+	return sk ? judge_other(skb, sk, seg) : judge_without(skb, seg);
+}
 
 /*
  * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
- * Returns TC_ACT_SHOT for a packet of a socket whose connection was given to
- * the proxy, TC_ACT_UNSPEC (as if this program were not there) for all else.
+ * Returns TC_ACT_SHOT for TCP that is not of the proxy, excluded, from before
+ * the enrolment or a bare answer of the kernel's, and for what may be TCP and
+ * cannot be read; TC_ACT_UNSPEC (as if this program were not there) for all
+ * else, and for everything where it only counts.
  */
 SEC("tc")
 int pyamb_guard(struct __sk_buff *skb)
 {
-	struct bpf_sock *sk = skb->sk;
-	__u8 *decided;
+	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
+	struct segment seg = {};
+	int verdict = PASS;
 
-	if (!sk)
-		return TC_ACT_UNSPEC;
-	sk = bpf_sk_fullsock(sk);
-	if (!sk)
-		return TC_ACT_UNSPEC;
-	decided = storage_get(captured_socks, sk, 0);
-	return decided && *decided == CAPTURED ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	if (!sk || !is_free(sk))
+		verdict = judge(skb, read_segment(skb, &seg), &seg);
+	if (verdict != PASS && drop(&seg, verdict) == TC_ACT_SHOT)
+		return TC_ACT_SHOT;
+	if (constant(sign))
+		bpf_set_hash(skb, constant(sign));
+	return TC_ACT_UNSPEC;
 }
 
 DEFINE_LICENSE;

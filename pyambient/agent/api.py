@@ -131,7 +131,12 @@ class Api:
             "reconcile": self._rounds.status(),
             "proxies": self._proxies.pids,
             "pods": [
-                {**describe(pod.record), "repairs": dict(pod.repairs), "proxy": served[pod.uid]}
+                {
+                    **describe(pod.record),
+                    "repairs": dict(pod.repairs),
+                    "guard": await self._enrolments.leaks(pod),
+                    "proxy": served[pod.uid],
+                }
                 for pod in pods
             ],
         }

@@ -17,6 +17,7 @@ from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.zds.details import PodDetails
 
+from .leaks import Leaks
 from .locate import path_of
 from .records import NetnsRef, Record, State
 
@@ -65,7 +66,7 @@ class Enrolled:
 
     `freed` is set when the agent no longer holds the pod; `turn` keeps enrolling, refreshing and
     freeing of this one pod apart. `seen` is the fingerprint with which all its steps were last
-    found in place, `repairs` counts by kind what was not.
+    found in place, `repairs` counts by kind what was not; `leaks` is what is known of its guards.
     """
 
     record: Record
@@ -74,6 +75,7 @@ class Enrolled:
     freed: trio.Event = field(default_factory=trio.Event)
     seen: bytes = b""
     repairs: Counter[str] = field(default_factory=Counter)
+    leaks: Leaks = field(default_factory=Leaks)
 
     @classmethod
     def opened(cls, request: EnrolRequest) -> Self:

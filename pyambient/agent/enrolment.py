@@ -47,6 +47,7 @@ from .interception import (
     planned,
     write,
 )
+from .leaks import describe_leaks, look_for_leaks
 from .locate import find, record_of, refuse_enrolled
 from .proxies import Proxies
 from .records import Record, RecordStore, State
@@ -253,6 +254,19 @@ class Enrolments:
                 return
             if await self._in_kernel(has_drifted, enrolled, common):
                 await self._repair(enrolled)
+
+    async def look_for_leaks(self, enrolled: Enrolled) -> None:
+        """Log what got out of the pod past the mesh, or tried to, since the last look."""
+        if enrolled.turn.locked():
+            return
+        async with enrolled.turn:
+            if enrolled.record.state is State.ENROLLED and not enrolled.freed.is_set():
+                args = (enrolled.record, enrolled.netns, enrolled.leaks)
+                await self._in_kernel(look_for_leaks, *args)
+
+    async def leaks(self, enrolled: Enrolled) -> dict[str, Any] | None:
+        """What the pod's guards saw, as JSON values; None where it has none."""
+        return await self._in_kernel(describe_leaks, enrolled.record, enrolled.leaks)
 
     async def _repair(self, enrolled: Enrolled) -> None:
         repairs = await self._refresh(enrolled)

@@ -57,6 +57,7 @@ class Rounds:
     async def _look_at(self, enrolled: Enrolled, common: set[Step]) -> None:
         try:
             await self._enrolments.inspect(enrolled, common)
+            await self._enrolments.look_for_leaks(enrolled)
         except (PyambientError, OSError) as error:
             self._note(enrolled, str(error), None)
         except Exception as error:  # noqa: BLE001 - a bug met by one pod spares the others

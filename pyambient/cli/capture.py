@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from pyambient.errors import UsageError
+from pyambient.intercept.options import GUARD_MODES
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MOST_BYTES: Final = 1 << 20
@@ -64,6 +65,17 @@ _SINGLE: Final = {
         "bypass_inbound",
         default=None,
         help="Capture nothing that comes in; HBONE still does.",
+    ),
+    "guard": click.option(
+        "--guard",
+        type=click.Choice(GUARD_MODES),
+        help="What becomes of TCP past the proxy; backends bpf and tc.  [default: drop]",
+    ),
+    "guard_node": click.option(
+        "--guard-node/--no-guard-node",
+        "guard_node",
+        default=None,
+        help="Guard the node's end of the pod's veth as well.",
     ),
 }
 

@@ -48,20 +48,22 @@ def command(ctx: click.Context, /, *, output: str) -> None:
         return
     for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
         click.echo(line)
-    for line in _choices(status["pods"]):
+    for line in (*_choices(status["pods"]), *_leaks(status["pods"])):
         click.echo(line)
     if status["agent"] and not status["proxies"]:
         click.echo("note: no proxy is connected; what the pods send is refused", err=True)
 
 
 def _recorded(run_dir: RunDir) -> dict[str, Any]:
+    from pyambient.agent.leaks import Leaks, describe_leaks  # noqa: PLC0415 - only without an agent
     from pyambient.agent.records import RecordStore  # noqa: PLC0415 - only without an agent
     from pyambient.agent.status import describe  # noqa: PLC0415 - only without an agent
 
     records, errors = RecordStore(run_dir.pods).readable()
     for error in errors:
         click.echo(f"error: {error}", err=True)
-    return {"agent": None, "proxies": [], "pods": [describe(record) for record in records]}
+    pods = [{**describe(r), "guard": describe_leaks(r, Leaks())} for r in records]
+    return {"agent": None, "proxies": [], "pods": pods}
 
 
 def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:
@@ -71,6 +73,19 @@ def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:
     for pod in pods:
         for line in CaptureOptions.from_json(pod["options"]).in_words():
             yield f"{pod['netns']}: {line}"
+
+
+def _leaks(pods: list[dict[str, Any]]) -> Iterator[str]:
+    """What the pods' guards dropped, and which sockets could send past them."""
+    for pod in pods:
+        guard = pod.get("guard") or {"dropped": {}, "bypasses": {}, "last": []}
+        for reason, count in guard["dropped"].items():
+            yield f"{pod['netns']}: {count} packets past the proxy: {reason}"
+        for drop in guard["last"]:
+            ends = f"{drop['source']} > {drop['destination']}"
+            yield f"{pod['netns']}: {ends} {drop['reason']}, {drop['seconds_ago']:.0f} s ago"
+        for kind, count in guard["bypasses"].items():
+            yield f"{pod['netns']}: {count} times an app had a socket past the guard: {kind}"
 
 
 def _row(pod: dict[str, Any]) -> list[str]:

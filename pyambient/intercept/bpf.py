@@ -14,7 +14,8 @@ port); without it such a connect would hang. sk_lookup must let that connection 
 came in by lo. Where the kernel does not tell it so (before 5.17), a filter on lo does.
 
 What the hook judged is also noted on the socket, where the app cannot change it: a guard on each
-device drops packets of captured sockets, so that an app that changes its mark later sends nothing.
+device lets out TCP of the proxy, of what is excluded and of connections from before the enrolment,
+so that an app that changes its mark later, or writes its packets itself, sends nothing.
 
 The proxy is whoever made its sockets in the proxy's own cgroup. No mark says so: any container
 with the default capabilities can set one.
@@ -37,8 +38,8 @@ from .bpf_steps import (
     OwnAddress,
     SkLookup,
 )
-from .egress_guard import EgressGuard
 from .fib import Route, SlotRoute, delivery
+from .guards import guards
 from .interface import Plan, Pod, PodNetwork, Site, Step
 from .listeners import ProxyListeners
 from .loader import Constants
@@ -97,7 +98,6 @@ class Bpf:
                 CapturedDevice(self._bpffs, cookie, r.ipv6, r.device, r.source, r.metric)
                 for r in routes
             ),
-            *(EgressGuard(self._bpffs, device) for device in network.devices),
             *selection_entries(self._bpffs, cookie, options),
             *(Sysctl(name, "1") for name in sysctls),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
@@ -105,6 +105,7 @@ class Bpf:
             SkLookup(self._bpffs, cookie, by_ifindex),
             *((DnsGate(self._bpffs, cookie),) if options.dns else ()),
             Gate(self._bpffs, cookie),
+            *guards(self._bpffs, cookie, network, options),
         )
         return Plan(self.name, network, steps)
 

@@ -98,21 +98,20 @@ class DeviceProgram(ABC):
             program = loaded.program_fd(self.place.program)
             if self._link(pod, program, index):
                 return dataclasses.replace(self, index=index, by_filter=False)
-            made = _add_filter(pod.netns, index, self.place, program)
+            made = _add_filter(self._netns(pod), index, self.place, program)
         return dataclasses.replace(self, index=index, by_filter=True, made_qdisc=made)
 
     def undo(self, pod: Pod) -> None:
         self._pin(pod).unlink(missing_ok=True)
         if self.by_filter and pod.netns.fd >= 0:
-            _remove_filter(pod.netns, self.index, self.place)
-            if self.made_qdisc and not _has_filters(pod.netns, self.index):
-                _remove_qdisc(pod.netns, self.index)
+            self.remove_filter(self._netns(pod))
 
     def missing(self, pod: Pod) -> str | None:
         if self._current_index(pod) != self.index:
             return f"{self.device} is another device now"
         if self.by_filter:
-            there = self.place.program in _filters(pod.netns, self.index, self.place.direction)
+            netns = self._netns(pod)
+            there = self.place.program in _filters(netns, self.index, self.place.direction)
             return None if there else f"no {self.place.name} on {self.device}"
         link = Link.open_pinned(self._pin(pod))
         if link is None:
@@ -125,7 +124,7 @@ class DeviceProgram(ABC):
         """Attach by tcx; False where this kernel has none."""
         first = self.place.rank == 1
         try:
-            with pod.netns.entered():
+            with self._netns(pod).entered():
                 link = Link.create(program, index, self.place.direction.tcx, first=first)
         except OSError as error:
             if error.errno in _NO_TCX:
@@ -134,6 +133,16 @@ class DeviceProgram(ABC):
         with link:
             link.pin(self._pin(pod))
         return True
+
+    def remove_filter(self, netns: Netns) -> None:
+        """Take the filter away, and the qdisc where it was ours."""
+        _remove_filter(netns, self.index, self.place)
+        if self.made_qdisc and not _has_filters(netns, self.index):
+            _remove_qdisc(netns, self.index)
+
+    def _netns(self, pod: Pod) -> Netns:
+        """Where the device is."""
+        return pod.netns
 
     def _current_index(self, pod: Pod) -> int:
         with pod.netns.entered():

@@ -16,6 +16,7 @@ from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
 
 from . import netfilter, nf_tables
 from .fib import delivery
+from .guards import refuse_guard_node
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .iptables_tools import choose_variant, tool
 from .netfilter import FOUNDATION, Action, Field, Match, Place, Rule
@@ -244,6 +245,7 @@ class Iptables:
         network: PodNetwork,
         options: CaptureOptions = DEFAULTS,
     ) -> Plan:
+        refuse_guard_node(self.name, options)
         variant = choose_variant(pod.netns) if self.variant is None else self.variant
         steps: list[Step] = [ReservedPorts(), *delivery(network, connects=False)]
         for ipv6 in (False, True) if network.has_ipv6 else (False,):

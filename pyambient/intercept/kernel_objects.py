@@ -28,6 +28,7 @@ _NOT_SUPPORTED: Final = 524  # the kernel's own ENOTSUPP, which libc has no name
 class MapType(enum.IntEnum):
     """Kinds of maps that are made here, not by loading an object (enum bpf_map_type)."""
 
+    HASH = 1
     LPM_TRIE = 11
 
 
@@ -154,6 +155,14 @@ class Map(KernelObject):
             return None
         return value.raw
 
+    def get_of_each_cpu(self, key: bytes) -> tuple[bytes, ...]:
+        """The values of a per-CPU map, one for each CPU that this machine may ever have."""
+        stride = (self.value_size + 7) & ~7
+        values = ctypes.create_string_buffer(stride * libbpf.call("libbpf_num_possible_cpus"))
+        libbpf.call("bpf_map_lookup_elem", self.fd, key, values)
+        starts = range(0, len(values), stride)
+        return tuple(values.raw[start : start + self.value_size] for start in starts)
+
     def put(self, key: bytes, value: bytes) -> None:
         libbpf.call("bpf_map_update_elem", self.fd, key, value, 0)
 
@@ -250,12 +259,16 @@ class Link(KernelObject):
 
 
 def link_infos() -> Iterator[LinkInfo]:
-    """Every link of these types on the machine (needs CAP_SYS_ADMIN)."""
+    """Every link of these types on the machine (needs CAP_SYS_ADMIN).
+
+    One that somebody is just making (EAGAIN) or removing is left out.
+    """
     identifier = ctypes.c_uint32(0)
+    passing = (FileNotFoundError, BlockingIOError)
     with contextlib.suppress(FileNotFoundError):
         while True:
             libbpf.call("bpf_link_get_next_id", identifier.value, ctypes.byref(identifier))
-            with contextlib.suppress(FileNotFoundError), _link_of(identifier.value) as link:
+            with contextlib.suppress(*passing), _link_of(identifier.value) as link:
                 info = link.info()
                 if info.kind in set(LinkType):
                     yield info

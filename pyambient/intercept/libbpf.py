@@ -42,6 +42,7 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "bpf_map__max_entries": (c_uint32, c_void_p),
     "bpf_map__initial_value": (c_void_p, c_void_p, POINTER(c_size_t)),
     "bpf_map__reuse_fd": (c_int, c_void_p, c_int),
+    "libbpf_num_possible_cpus": (c_int,),
     "bpf_map_create": (c_int, c_uint32, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p),
     "bpf_map_get_fd_by_id": (c_int, c_uint32),
     "bpf_map_lookup_elem": (c_int, c_int, c_void_p, c_void_p),

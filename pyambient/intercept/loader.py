@@ -12,6 +12,7 @@ what has to outlive it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import os
 import struct
@@ -71,10 +72,12 @@ class Constants:
     node: int = 0
     has_ingress_ifindex: bool = False
     has_set_retval: bool = False
+    is_ethernet: bool = False
+    counts_only: bool = False
+    sign: int = 0
 
     def packed(self) -> bytes:
-        flags = (self.has_ingress_ifindex, self.has_set_retval)
-        return struct.pack("=QQII", self.netns, self.node, *flags)
+        return struct.pack("=QQ5I4x", *dataclasses.astuple(self))
 
 
 class BpfObject:

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Final, Self
 
 from . import nf_tables
 from .fib import delivery
+from .guards import refuse_guard_node
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .netfilter import FOUNDATION, Place
 from .nf_tables import NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC, Chain
@@ -175,6 +176,7 @@ class Nftables:
         network: PodNetwork,
         options: CaptureOptions = DEFAULTS,
     ) -> Plan:
+        refuse_guard_node(self.name, options)
         if not installed("nft"):
             raise not_installed("nft")
         families = ("ip", "ip6") if network.has_ipv6 else ("ip",)

@@ -15,6 +15,7 @@ from .selection import EVERYTHING, Selection
 # A name that the kernel takes (15 characters), and that no list or rule reads in another way.
 _DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MOST_DEVICES: Final = 16
+GUARD_MODES: Final = ("drop", "count", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class CaptureOptions:
     TCP connections are captured. `bypass_inbound`: none that comes in is, HBONE apart (Istio's
     annotation ambient.istio.io/bypass-inbound-capture). `virtual_interfaces`: devices, with commas
     between them, whose traffic is that of others behind the pod, and captured as outbound (Istio's
-    istio.io/reroute-virtual-interfaces).
+    istio.io/reroute-virtual-interfaces). `guard`: what becomes of TCP that leaves the pod past the
+    proxy, one of GUARD_MODES; `guard_node`: the node has a look as well.
     """
 
     dns: bool = True
@@ -33,6 +35,8 @@ class CaptureOptions:
     inbound: Selection = EVERYTHING
     bypass_inbound: bool = False
     virtual_interfaces: str = ""
+    guard: str = "drop"
+    guard_node: bool = False
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -44,6 +48,8 @@ class CaptureOptions:
         lines = [f"{name} {chosen}" for name, chosen in self._selections() if chosen != EVERYTHING]
         if self.virtual_interfaces:
             lines.append(f"outbound what comes in by {self.virtual_interfaces}")
+        if (self.guard, self.guard_node) != (DEFAULTS.guard, DEFAULTS.guard_node):
+            lines.append(f"guard {self.guard}{', also on the node' if self.guard_node else ''}")
         return lines
 
     def _selections(self) -> Iterator[tuple[str, Selection | str]]:
@@ -73,6 +79,7 @@ class CaptureOptions:
                 raise UsageError(f"{name} cannot be {value!r}")
         made = dataclasses.replace(self, **values)
         _refuse_odd_devices(made.devices)
+        _refuse_odd_guards(made)
         return made
 
     @classmethod
@@ -87,6 +94,18 @@ def _refuse_odd_devices(names: tuple[str, ...]) -> None:
             raise UsageError(f"{name!r} is no virtual interface", "give names of 'ip link'")
     if len(names) > _MOST_DEVICES:
         raise UsageError(f"{len(names)} interfaces are too many", f"give at most {_MOST_DEVICES}")
+
+
+def _refuse_odd_guards(options: CaptureOptions) -> None:
+    if options.guard not in GUARD_MODES:
+        raise UsageError(
+            f"guard cannot be {options.guard!r}", f"give one of {' '.join(GUARD_MODES)}"
+        )
+    if options.guard_node and options.guard == "off":
+        raise UsageError(
+            "the guard on the node knows packets by the pod's own guard, which is off",
+            "give --guard drop or --guard count, or leave out --guard-node",
+        )
 
 
 DEFAULTS: Final = CaptureOptions()

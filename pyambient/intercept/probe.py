@@ -115,7 +115,14 @@ def node_cookie(cgroup: Path | None) -> int:
 
 
 def _installation(_: Path | None) -> None:
-    for name in ("lookup", "note", "guard", "cookie", *(hook.source for hook in HOOKS)):
+    for name in (
+        "lookup",
+        "note",
+        "guard",
+        "guard_node",
+        "cookie",
+        *(hook.source for hook in HOOKS),
+    ):
         BpfObject(name).close()
 
 

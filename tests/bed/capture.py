@@ -21,6 +21,7 @@ _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _BUFFER = 64 << 20
 _MAX_BYTES = 256 << 20
 _TCP, _UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+_SHORTEST = {_TCP: 20, _UDP: 8}
 TCP_SYN, TCP_RST, TCP_ACK = 0x02, 0x04, 0x10
 
 
@@ -53,6 +54,7 @@ class Capture:
 
     def __init__(self, pod: BedPod, device: str = "eth0") -> None:
         self.packets: list[Packet] = []
+        self.frames: list[bytes] = []
         node = pod.bed.node
         self._child: Child = node.spawn(_sniff, pod.veths[device], uid=0, gid=0)
         assert self._child.receive() == "capturing"
@@ -62,13 +64,14 @@ class Capture:
         self._child.send("stop")
         frames, dropped = self._child.wait()
         assert dropped == 0, f"the capture lost {dropped} packets"
+        self.frames = frames
         self.packets = [packet for frame in frames if (packet := parse(frame)) is not None]
         return self.packets
 
 
 @contextlib.contextmanager
 def capturing(pod: BedPod, device: str = "eth0") -> Iterator[Capture]:
-    """Capture during the block; `capture.packets` are there after it."""
+    """Capture during the block; `capture.packets` and `.frames` are there after it."""
     capture = Capture(pod, device)
     yield capture
     capture.stop()
@@ -129,7 +132,7 @@ def _parse_ipv6(packet: bytes) -> Packet | None:
 
 
 def _parse_transport(protocol: int, source: str, destination: str, data: bytes) -> Packet | None:
-    if protocol not in (_TCP, _UDP):
+    if protocol not in (_TCP, _UDP) or len(data) < _SHORTEST[protocol]:
         return None
     ports = struct.unpack_from("!HH", data)
     header = (data[12] >> 4) * 4 if protocol == _TCP else 8

@@ -23,12 +23,12 @@ CAPTURE = (Stage.APPLY, Stage.STEER, Stage.GATE)
 class BpfMesh:
     """Enrols pods as the agent does: programs, then listeners, then all that captures."""
 
-    def __init__(self, bed: Bed, *pods: BedPod) -> None:
+    def __init__(self, bed: Bed, *pods: BedPod, options: CaptureOptions = DEFAULTS) -> None:
         self.bed = bed
         self.pods = pods
         self.site = Site(Path("/run/pyambient-unused"), BPFFS, bed.cgroup.path)
         self.recorded: dict[str, tuple[Step, ...]] = {}
-        self.options: dict[str, CaptureOptions] = {}
+        self.options = {pod.name: options for pod in pods}
         self.proxy: NullProxy | None = None
 
     def plan(self, pod: BedPod) -> Plan:
