@@ -45,6 +45,13 @@ class Flow(NamedTuple):
     destination: SocketAddress
 
 
+class Entry(NamedTuple):
+    """A tracked flow: what opened it, and what its answers are expected to be."""
+
+    opening: Flow
+    answers: Flow
+
+
 class Conntrack:
     """A ctnetlink socket of a pod (needs CAP_NET_ADMIN there); close it when done."""
 
@@ -53,29 +60,30 @@ class Conntrack:
         self._socket.setblocking(False)
         self._sequence = 0
 
-    def original(self, reply: Flow) -> Flow | None:
-        """How the flow whose answers go as `reply` says began; None if there is none.
+    def opening(self, answers: Flow) -> Flow | None:
+        """What opened the flow whose answers are these; None if there is none.
 
         OSError where the kernel has no ctnetlink.
         """
-        body = _tuple(_CTA_TUPLE_REPLY, reply)
-        self._send(_GET, _NLM_F_REQUEST, reply.source.family, body)
+        body = _tuple(_CTA_TUPLE_REPLY, answers)
+        self._send(_GET, _NLM_F_REQUEST, answers.source.family, body)
         try:
-            return next(self._answers(), None)
+            found = next(self._entries(), None)
         except FileNotFoundError:
             return None
+        return found.opening if found else None
 
-    def flows(self, family: int) -> list[Flow]:
-        """All UDP flows of one address family, as they began."""
+    def entries(self, family: int) -> list[Entry]:
+        """All UDP flows of one address family."""
         self._send(_GET, _NLM_F_REQUEST | _NLM_F_DUMP, family, b"")
-        return list(self._answers())
+        return list(self._entries())
 
-    def forget(self, flow: Flow) -> None:
-        """Delete a flow, given as it began; one that is gone is no error."""
-        body = _tuple(_CTA_TUPLE_ORIG, flow)
-        self._send(_DELETE, _NLM_F_REQUEST | _NLM_F_ACK, flow.source.family, body)
+    def forget(self, opening: Flow) -> None:
+        """Delete the flow that this opened; one that is gone is no error."""
+        body = _tuple(_CTA_TUPLE_ORIG, opening)
+        self._send(_DELETE, _NLM_F_REQUEST | _NLM_F_ACK, opening.source.family, body)
         with contextlib.suppress(FileNotFoundError):
-            list(self._answers())
+            list(self._entries())
 
     def close(self) -> None:
         self._socket.close()
@@ -95,7 +103,7 @@ class Conntrack:
         header = _HEADER.pack(size, kind, flags, self._sequence, 0)
         self._socket.send(header + _FAMILY.pack(family, 0, 0) + body)
 
-    def _answers(self) -> Iterator[Flow]:
+    def _entries(self) -> Iterator[Entry]:
         """The UDP flows in what answers the last message; OSError is what the kernel says."""
         for _ in range(_MOST_MESSAGES):
             try:
@@ -110,9 +118,9 @@ class Conntrack:
                     return
                 if kind == _NLMSG_DONE:
                     return
-                flow = _flow(body)
-                if flow is not None:
-                    yield flow
+                entry = _entry(body)
+                if entry is not None:
+                    yield entry
 
 
 def _raise_unless_ack(body: bytes) -> None:
@@ -131,14 +139,19 @@ def _messages(received: bytes) -> Iterator[tuple[int, int, bytes]]:
         received = received[_padded(size) :]
 
 
-def _flow(body: bytes) -> Flow | None:
-    """The original direction of a conntrack entry; None if it is not UDP."""
-    family = body[0]
-    if family not in _CTA_IP:
-        return None
-    ends = _attributes(_attributes(body[_FAMILY.size :])[_CTA_TUPLE_ORIG])
+def _entry(body: bytes) -> Entry | None:
+    """None if it is not UDP."""
+    family, attributes = body[0], _attributes(body[_FAMILY.size :])
+    opening, answers = (
+        _flow(family, attributes[which]) for which in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY)
+    )
+    return Entry(opening, answers) if opening and answers else None
+
+
+def _flow(family: int, raw: bytes) -> Flow | None:
+    ends = _attributes(raw)
     protocol, addresses = _attributes(ends[_CTA_TUPLE_PROTO]), _attributes(ends[_CTA_TUPLE_IP])
-    if protocol[_CTA_PROTO_NUM] != bytes((socket.IPPROTO_UDP,)):
+    if family not in _CTA_IP or protocol[_CTA_PROTO_NUM] != bytes((socket.IPPROTO_UDP,)):
         return None
     ports = (protocol[_CTA_PROTO_SRC_PORT], protocol[_CTA_PROTO_DST_PORT])
     source, destination = (

@@ -15,11 +15,12 @@ from pyambient.errors import PyambientError
 from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
 
 from . import netfilter, nf_tables
+from .dns_flows import FORGETTING, forget_dns_flows
 from .fib import delivery
 from .guards import refuse_guard_node
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .iptables_tools import choose_variant, tool
-from .netfilter import FOUNDATION, Action, Field, Match, Place, Rule
+from .netfilter import FOUNDATION, UNTRACKED, Action, Field, Match, Place, Rule
 from .options import DEFAULTS, CaptureOptions
 from .programs import run
 from .selection import PortRange
@@ -31,6 +32,8 @@ _PLACES = {
     Place.REPLIES_IN: _INBOUND,
     Place.REPLIES_OUT: _OUTBOUND,
     Place.LEAVING: _LEAVING,
+    Place.UNTRACKED_IN: _INBOUND,
+    Place.UNTRACKED_OUT: _OUTBOUND,
     Place.INBOUND: _INBOUND,
     Place.OUTBOUND: _OUTBOUND,
 }
@@ -41,6 +44,8 @@ _OPTIONS = {
     Field.OUTPUT_DEVICE: "-o",
     Field.PROTOCOL: "-p",
     Field.DESTINATION_PORT: "--dport",
+    Field.UDP_SOURCE_PORT: "--sport",
+    Field.UDP_DESTINATION_PORT: "--dport",
     Field.MARK: "--mark",
     Field.CONNECTION_MARK: "--mark",
 }
@@ -54,6 +59,7 @@ _TARGETS = {
     Action.DROP: "DROP",
     Action.RETURN: "RETURN",
     Action.REDIRECT: "REDIRECT --to-ports",
+    Action.NOT_TRACKED: "CT --notrack",
     Action.NOTE_ON_CONNECTION: f"CONNMARK --set-xmark {LOOPBACK_MARK:#x}/{MARK_MASK:#x}",
     Action.MARK_AS_CONNECTION: "CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
 }
@@ -162,6 +168,17 @@ class Foundation(_Chains):
 
 @step
 @dataclass(frozen=True, slots=True)
+class Untracked(_Chains):
+    """The proxy's own DNS is not tracked: it could be taken for an app's."""
+
+    kind: ClassVar[str] = "iptables-untracked"
+    stage: ClassVar[Stage] = Stage.APPLY
+    table: ClassVar[str] = "raw"
+    chains: ClassVar[tuple[str, ...]] = (_INBOUND, _OUTBOUND)
+
+
+@step
+@dataclass(frozen=True, slots=True)
 class InboundRedirect(_Chains):
     """New TCP connections from outside reach 15006; HBONE and health probes pass."""
 
@@ -174,12 +191,33 @@ class InboundRedirect(_Chains):
 @step
 @dataclass(frozen=True, slots=True)
 class OutboundRedirect(_Chains):
-    """New TCP connections of the apps reach 15001; those to the pod itself pass."""
+    """New TCP connections of the apps reach 15001; those to the pod itself pass.
+
+    With `dns`, what they ask reaches 15053.
+    """
 
     kind: ClassVar[str] = "iptables-outbound"
     stage: ClassVar[Stage] = Stage.GATE
     table: ClassVar[str] = "nat"
     chains: ClassVar[tuple[str, ...]] = (_OUTBOUND,)
+
+    dns: bool = False
+
+    def describe(self) -> str:
+        return _Chains.describe(self) + (f"\n{FORGETTING}" if self.dns else "")
+
+    def apply(self, pod: Pod) -> Self:
+        _Chains.apply(self, pod)
+        try:
+            forget_dns_flows(pod, captures=self.dns)
+        except BaseException:
+            _Chains.undo(self, pod)
+            raise
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        _Chains.undo(self, pod)
+        forget_dns_flows(pod, captures=False)
 
 
 @step
@@ -198,7 +236,7 @@ class NftTables:
 
     def describe(self) -> str:
         family = "ip6" if self.ipv6 else "ip"
-        return f"# nft delete table {family} {{nat,mangle}} at the end, if they are empty then"
+        return f"# nft delete table {family} {{nat,mangle,raw}} at the end, if they are empty then"
 
     def observed(self, pod: Pod) -> Self:
         if self.before is not None:
@@ -216,7 +254,7 @@ class NftTables:
         if self.before is None:
             return
         chains = nf_tables.chains(pod.netns, self._family)
-        for table in ("nat", "mangle"):
+        for table in ("nat", "mangle", "raw"):
             made = [c.name for c in chains if c.table == table and c.name in _HOOKS.values()]
             made = [name for name in made if f"{table}/{name}" not in self.before]
             if made:
@@ -254,8 +292,10 @@ class Iptables:
             inbound = _lines(options, Place.INBOUND, ipv6=ipv6)
             outbound = _lines(options, Place.OUTBOUND, ipv6=ipv6)
             steps.append(Foundation(ipv6, variant, _lines(options, *FOUNDATION, ipv6=ipv6)))
+            untracked = _lines(options, *UNTRACKED, ipv6=ipv6)
+            steps += [Untracked(ipv6, variant, untracked)] if untracked else []
             steps += [InboundRedirect(ipv6, variant, inbound)] if inbound else []
-            steps.append(OutboundRedirect(ipv6, variant, outbound))
+            steps.append(OutboundRedirect(ipv6, variant, outbound, options.dns))
         return Plan(self.name, network, tuple(sorted(steps, key=lambda s: s.stage)))
 
     def __repr__(self) -> str:

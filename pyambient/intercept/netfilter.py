@@ -2,12 +2,17 @@
 
 General theory of operation
 ---------------------------
-Only TCP is redirected. Outbound, every new connection of an app goes to 15001; inbound, those from
-outside go to 15006, and those to 15008 are left alone. The proxy's own sockets are known by their
-mark (any container with CAP_NET_RAW can set it: only backend "bpf" does without that trust). A
-connection from the proxy to the app keeps the client's address, so the app's answers would leave
-the pod: the proxy's mark is noted on the conntrack entry, the answers get our loopback mark, and a
-rule of `fib` delivers them on lo.
+TCP is redirected, and DNS. Outbound, every new connection of an app goes to 15001, or to 15053 if
+it is for a resolver; inbound, those from outside go to 15006, and those to 15008 are left alone.
+The proxy's own sockets are known by their mark (any container with CAP_NET_RAW can set it: only
+backend "bpf" does without that trust). A connection from the proxy to the app keeps the client's
+address, so the app's answers would leave the pod: the proxy's mark is noted on the conntrack entry,
+the answers get our loopback mark, and a rule of `fib` delivers them on lo.
+
+DNS over UDP is redirected to 15053; conntrack turns the answers back, and tells the proxy whom the
+app had asked. Where one socket asks two resolvers, netfilter gives the second flow another source
+port, so both get their answers. The proxy's own queries are not tracked, nor are the answers to
+them: they could be taken for an app's.
 
 Two things differ from Istio. Redirects match the opening segment alone: a connection from before
 the enrolment, which conntrack takes for new at its next packet, goes on untouched. And the rules
@@ -20,9 +25,10 @@ What the pod's selection excludes is not redirected, and that is all it takes: a
 what was decided on its first packet. The traffic of virtual interfaces is redirected where it
 comes in, TCP alone, as Istio does it.
 
-A socket bound to a device is not captured, and hangs: after the redirect it would have to reach
-127.0.0.1 by that device. One that is bound once it is connected would send there what was meant
-for the proxy, in plain text; what is for localhost is dropped where it would leave by a device.
+A socket bound to a device is not captured, and hangs (a query is refused with EPERM): after the
+redirect it would have to reach 127.0.0.1 by that device. One that is bound once it is connected
+would send there what was meant for the proxy, in plain text; what is for localhost is dropped where
+it would leave by a device.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pyambient.model.numbers import (
+    DNS_PORT,
     HBONE_PORT,
     INBOUND_PORT,
     LOOPBACK_MARK,
@@ -40,6 +47,7 @@ from pyambient.model.numbers import (
     PROBE_ADDRESS_V4,
     PROBE_ADDRESS_V6,
     PROXY_MARK,
+    RESOLVER_PORT,
 )
 
 from .options import CaptureOptions
@@ -56,6 +64,8 @@ class Field(enum.Enum):
     PROTOCOL = enum.auto()
     TCP_OPENING = enum.auto()
     DESTINATION_PORT = enum.auto()
+    UDP_SOURCE_PORT = enum.auto()
+    UDP_DESTINATION_PORT = enum.auto()
     MARK = enum.auto()
     CONNECTION_MARK = enum.auto()
 
@@ -70,6 +80,7 @@ class Action(enum.Enum):
     DROP = enum.auto()
     RETURN = enum.auto()
     REDIRECT = enum.auto()
+    NOT_TRACKED = enum.auto()
     NOTE_ON_CONNECTION = enum.auto()
     MARK_AS_CONNECTION = enum.auto()
 
@@ -80,12 +91,15 @@ class Place(enum.Enum):
     REPLIES_IN = "replies_in"
     REPLIES_OUT = "replies_out"
     LEAVING = "leaving"
+    UNTRACKED_IN = "untracked_in"
+    UNTRACKED_OUT = "untracked_out"
     INBOUND = "inbound"
     OUTBOUND = "outbound"
 
 
 # What live connections need, and what therefore stays until they are gone.
 FOUNDATION: Final = (Place.REPLIES_IN, Place.REPLIES_OUT, Place.LEAVING)
+UNTRACKED: Final = (Place.UNTRACKED_IN, Place.UNTRACKED_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +125,10 @@ class Rule:
 
 
 _TCP: Final = Match(Field.PROTOCOL, "tcp")
+_UDP: Final = Match(Field.PROTOCOL, "udp")
+_TO_RESOLVER: Final = Match(Field.UDP_DESTINATION_PORT, RESOLVER_PORT)
+_OF_RESOLVER: Final = Match(Field.UDP_SOURCE_PORT, RESOLVER_PORT)
+_TO_RESOLVER_BY_TCP: Final = Match(Field.DESTINATION_PORT, RESOLVER_PORT)
 _OPENING: Final = Match(Field.TCP_OPENING)
 _OF_PROXY: Final = Match(Field.MARK, PROXY_MARK)
 _NOT_OF_PROXY: Final = Match(Field.MARK, PROXY_MARK, negated=True)
@@ -118,6 +136,18 @@ _TO_PROXY: Final = Match(Field.MARK, LOOPBACK_MARK)
 _NOTED: Final = Match(Field.CONNECTION_MARK, LOOPBACK_MARK)
 _BY_LO: Final = Match(Field.OUTPUT_DEVICE, "lo")
 _BY_A_DEVICE: Final = Match(Field.OUTPUT_DEVICE, "lo", negated=True)
+
+
+_UNTRACKED: Final = {
+    Place.UNTRACKED_IN: Rule(
+        "an answer to a query of the proxy",
+        (_UDP, _OF_RESOLVER, _NOT_OF_PROXY),
+        Action.NOT_TRACKED,
+    ),
+    Place.UNTRACKED_OUT: Rule(
+        "a query of the proxy", (_UDP, _TO_RESOLVER, _OF_PROXY), Action.NOT_TRACKED
+    ),
+}
 
 
 def rules(place: Place, options: CaptureOptions, *, ipv6: bool) -> tuple[Rule, ...]:
@@ -129,13 +159,18 @@ def rules(place: Place, options: CaptureOptions, *, ipv6: bool) -> tuple[Rule, .
         case Place.REPLIES_OUT:
             return (Rule("an app answers the proxy", (_NOTED,), Action.MARK_AS_CONNECTION),)
         case Place.LEAVING:
-            redirected = (_to_localhost(ipv6=ipv6), _BY_A_DEVICE, _TCP)
-            return (Rule("a captured connection by a device", redirected, Action.DROP),)
+            redirected = (_to_localhost(ipv6=ipv6), _BY_A_DEVICE)
+            return (
+                Rule("a captured connection by a device", (*redirected, _TCP), Action.DROP),
+                Rule("a captured query by a device", (*redirected, _UDP), Action.DROP),
+            )
+        case Place.UNTRACKED_IN | Place.UNTRACKED_OUT:
+            return (_UNTRACKED[place],) if options.dns else ()
         case Place.INBOUND:
             captured = () if options.bypass_inbound else _inbound(options.inbound, ipv6=ipv6)
             return (*_from_virtual_interfaces(options.devices), *captured)
         case Place.OUTBOUND:
-            return _outbound(options.outbound, ipv6=ipv6)
+            return _outbound(options.outbound, dns=options.dns, ipv6=ipv6)
 
 
 def _inbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
@@ -152,28 +187,37 @@ def _inbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
     )
 
 
-def _outbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
+def _outbound(selection: Selection, *, dns: bool, ipv6: bool) -> tuple[Rule, ...]:
     beyond = _not_to_localhost(ipv6=ipv6)
     probe = Match(Field.DESTINATION, _probe_address(ipv6=ipv6))
-    new: tuple[Match, ...] = (_TCP, _OPENING, _NOT_OF_PROXY)
+    dns = dns and not any(
+        first <= RESOLVER_PORT <= last for first, last in selection.excluded_ports()
+    )
     # A rule of iptables has one destination.
     localhost: list[Rule] = []
+    captured = _included(selection, Field.DESTINATION, ipv6=ipv6)
     if selection.include_cidrs:
-        to_localhost = (_to_localhost(ipv6=ipv6), _TCP)
-        localhost.append(Rule("localhost", to_localhost, Action.RETURN))
+        localhost.append(Rule("localhost", (_to_localhost(ipv6=ipv6),), Action.RETURN))
     else:
-        new = (beyond, *new)
+        captured = ((beyond,),)
     return (
         Rule("an answer to a health probe", (probe, _TCP), Action.ACCEPT),
         Rule("an answer to the proxy", (_TCP, _TO_PROXY), Action.ACCEPT),
         Rule("the pod to itself", (beyond, _BY_LO), Action.ACCEPT),
         *localhost,
         *_excluded(selection, Field.DESTINATION, ipv6=ipv6),
-        *(
-            Rule("outbound to the proxy", (*included, *new), Action.REDIRECT, OUTBOUND_PORT)
-            for included in _included(selection, Field.DESTINATION, ipv6=ipv6)
-        ),
+        *(rule for where in captured for rule in _to_proxy(where, dns=dns)),
     )
+
+
+def _to_proxy(where: tuple[Match, ...], *, dns: bool) -> Iterator[Rule]:
+    new = (*where, _TCP, _OPENING)
+    if dns:
+        queries = (*where, _UDP, _TO_RESOLVER, _NOT_OF_PROXY)
+        yield Rule("DNS to the proxy", queries, Action.REDIRECT, DNS_PORT)
+        to_resolver = (*new, _TO_RESOLVER_BY_TCP, _NOT_OF_PROXY)
+        yield Rule("DNS over TCP to the proxy", to_resolver, Action.REDIRECT, DNS_PORT)
+    yield Rule("outbound to the proxy", (*new, _NOT_OF_PROXY), Action.REDIRECT, OUTBOUND_PORT)
 
 
 def _from_virtual_interfaces(devices: tuple[str, ...]) -> Iterator[Rule]:
@@ -190,7 +234,7 @@ def _excluded(selection: Selection, address: Field, *, ipv6: bool) -> Iterator[R
         by_port = (_TCP, Match(Field.DESTINATION_PORT, ports))
         yield Rule("an excluded port", by_port, Action.RETURN)
     if cidrs := _of_family(selection.exclude_cidrs, ipv6=ipv6):
-        yield Rule("an excluded CIDR", (Match(address, cidrs), _TCP), Action.RETURN)
+        yield Rule("an excluded CIDR", (Match(address, cidrs),), Action.RETURN)
 
 
 def _included(selection: Selection, address: Field, *, ipv6: bool) -> tuple[tuple[Match, ...], ...]:

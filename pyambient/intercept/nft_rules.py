@@ -38,8 +38,17 @@ _LEFT: Final = {
     Field.PROTOCOL: {"meta": {"key": "l4proto"}},
     Field.TCP_OPENING: {"&": [_TCP_FLAGS, _OPENING_OR_NOT]},
     Field.DESTINATION_PORT: {"payload": {"protocol": "tcp", "field": "dport"}},
+    Field.UDP_SOURCE_PORT: {"payload": {"protocol": "udp", "field": "sport"}},
+    Field.UDP_DESTINATION_PORT: {"payload": {"protocol": "udp", "field": "dport"}},
     Field.MARK: {"&": [_MARK, MARK_MASK]},
     Field.CONNECTION_MARK: {"&": [_CONNECTION_MARK, MARK_MASK]},
+}
+
+_VERDICTS: Final = {
+    Action.ACCEPT: "accept",
+    Action.DROP: "drop",
+    Action.RETURN: "return",
+    Action.NOT_TRACKED: "notrack",
 }
 
 
@@ -83,12 +92,6 @@ def _element(value: str | PortRange) -> Any:
 
 def _statement(rule: Rule) -> dict[str, Any]:
     match rule.action:
-        case Action.ACCEPT:
-            return {"accept": None}
-        case Action.DROP:
-            return {"drop": None}
-        case Action.RETURN:
-            return {"return": None}
         case Action.REDIRECT:
             return {"redirect": {"port": rule.port}}
         case Action.NOTE_ON_CONNECTION:
@@ -96,6 +99,7 @@ def _statement(rule: Rule) -> dict[str, Any]:
             return {"mangle": {"key": _CONNECTION_MARK, "value": {"|": [kept, LOOPBACK_MARK]}}}
         case Action.MARK_AS_CONNECTION:
             return {"mangle": {"key": _MARK, "value": _CONNECTION_MARK}}
+    return {_VERDICTS[rule.action]: None}
 
 
 def text(command: dict[str, Any]) -> str:

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
 
 from . import nf_tables
+from .dns_flows import FORGETTING, forget_dns_flows
 from .fib import delivery
 from .guards import refuse_guard_node
 from .interface import Plan, Pod, PodNetwork, Stage, Step, step
-from .netfilter import FOUNDATION, Place
+from .netfilter import FOUNDATION, UNTRACKED, Place
 from .nf_tables import NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC, Chain
 from .nft_rules import TABLE, encode, text
 from .options import DEFAULTS, CaptureOptions
@@ -36,12 +37,14 @@ from .programs import installed, not_installed, run
 from .sysctl import ReservedPorts
 
 _FAMILIES: Final = {"ip": NFPROTO_IPV4, "ip6": NFPROTO_IPV6}
-# All come behind conntrack (-200); those of type nat before dstnat (-100). A chain of type route
+# Two come before conntrack (-200); those of type nat before dstnat (-100). A chain of type route
 # has the packets that it marks routed once more.
 _CHAINS: Final = {
     Place.REPLIES_IN: {"type": "filter", "hook": "prerouting", "prio": -150},
     Place.REPLIES_OUT: {"type": "route", "hook": "output", "prio": -150},
     Place.LEAVING: {"type": "filter", "hook": "postrouting", "prio": -150},
+    Place.UNTRACKED_IN: {"type": "filter", "hook": "prerouting", "prio": -300},
+    Place.UNTRACKED_OUT: {"type": "filter", "hook": "output", "prio": -300},
     Place.INBOUND: {"type": "nat", "hook": "prerouting", "prio": -101},
     Place.OUTBOUND: {"type": "nat", "hook": "output", "prio": -101},
 }
@@ -149,6 +152,15 @@ class Tables(_Rules):
 
 @step
 @dataclass(frozen=True, slots=True)
+class Untracked(_Rules):
+    """The proxy's own DNS is not tracked: it could be taken for an app's."""
+
+    kind: ClassVar[str] = "nftables-untracked"
+    stage: ClassVar[Stage] = Stage.APPLY
+
+
+@step
+@dataclass(frozen=True, slots=True)
 class Inbound(_Rules):
     """New TCP connections from outside reach 15006; HBONE and health probes pass."""
 
@@ -159,10 +171,31 @@ class Inbound(_Rules):
 @step
 @dataclass(frozen=True, slots=True)
 class Outbound(_Rules):
-    """New TCP connections of the apps reach 15001; those to the pod itself pass."""
+    """New TCP connections of the apps reach 15001; those to the pod itself pass.
+
+    With `dns`, what they ask reaches 15053.
+    """
 
     kind: ClassVar[str] = "nftables-outbound"
     stage: ClassVar[Stage] = Stage.GATE
+
+    dns: bool = False
+
+    def describe(self) -> str:
+        return _Rules.describe(self) + (f"\n{FORGETTING}" if self.dns else "")
+
+    def apply(self, pod: Pod) -> Self:
+        _Rules.apply(self, pod)
+        try:
+            forget_dns_flows(pod, captures=self.dns)
+        except BaseException:
+            _Rules.undo(self, pod)
+            raise
+        return self
+
+    def undo(self, pod: Pod) -> None:
+        _Rules.undo(self, pod)
+        forget_dns_flows(pod, captures=False)
 
 
 class Nftables:
@@ -181,12 +214,14 @@ class Nftables:
             raise not_installed("nft")
         families = ("ip", "ip6") if network.has_ipv6 else ("ip",)
         inbound = _encode(options, families, Place.INBOUND)
+        untracked = _encode(options, families, *UNTRACKED)
         steps: tuple[Step, ...] = (
             ReservedPorts(),
             *delivery(network, connects=False),
             Tables(_encode(options, families, *FOUNDATION)),
+            *([Untracked(untracked)] if untracked else []),
             *([Inbound(inbound)] if inbound else []),
-            Outbound(_encode(options, families, Place.OUTBOUND)),
+            Outbound(_encode(options, families, Place.OUTBOUND), options.dns),
         )
         return Plan(self.name, network, steps)
 

@@ -24,7 +24,13 @@ from typing import Final, Protocol
 
 from pyambient.errors import PyambientError
 from pyambient.model.address import SocketAddress, canonical_ip
-from pyambient.model.numbers import DNS_PORT, DNS_SLOT_COUNT, DNS_SLOTS_V4, DNS_SLOTS_V6
+from pyambient.model.numbers import (
+    DNS_PORT,
+    DNS_SLOT_COUNT,
+    DNS_SLOTS_V4,
+    DNS_SLOTS_V6,
+    RESOLVER_PORT,
+)
 from pyambient.netns import Netns
 
 from .ctnetlink import Conntrack, Flow
@@ -32,7 +38,6 @@ from .kernel_objects import Map
 
 RESOLVERS_MAP: Final = "resolvers"
 DEVICES_MAP: Final = "devices"
-RESOLVER_PORT: Final = 53
 # struct slot, struct resolver and struct device of bpf/maps.h.
 _SLOT: Final = struct.Struct("=QII")
 _RESOLVER: Final = struct.Struct("=16sQII")
@@ -137,11 +142,11 @@ class _Redirects:
         self._conntrack = conntrack
 
     def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:
-        reply = Flow(SocketAddress(local_ip, DNS_PORT), SocketAddress(*peer))
-        began = self._conntrack.original(reply)
-        if began is None or began.destination.port != RESOLVER_PORT:
+        answers = Flow(SocketAddress(local_ip, DNS_PORT), SocketAddress(*peer))
+        opening = self._conntrack.opening(answers)
+        if opening is None or opening.destination.port != RESOLVER_PORT:
             return None
-        ip = began.destination.ip
+        ip = opening.destination.ip
         return None if ip.startswith("fe80:") else ip  # conntrack keeps no scope
 
     def close(self) -> None:

@@ -12,13 +12,12 @@ import trio
 
 from pyambient.intercept.netns_cookie import netns_cookie
 from pyambient.intercept.original_dns import (
-    RESOLVER_PORT,
     ResolverLookup,
     bpf_resolvers,
     conntrack_resolvers,
 )
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import DNS_PORT, PROXY_MARK
+from pyambient.model.numbers import DNS_PORT, PROXY_MARK, RESOLVER_PORT
 
 from .network import BedPod
 

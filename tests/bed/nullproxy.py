@@ -27,6 +27,7 @@ from pyambient.model.numbers import (
     LOOP_PORTS,
     OUTBOUND_PORT,
     PROXY_MARK,
+    RESOLVER_PORT,
 )
 
 from . import nulldns
@@ -148,7 +149,7 @@ class _Proxy:
         with forwarder:
             while True:
                 query = await forwarder.receive()
-                original = SocketAddress(query.resolver or "", nulldns.RESOLVER_PORT)
+                original = SocketAddress(query.resolver or "", RESOLVER_PORT)
                 failure = 0 if query.resolver else errno.EHOSTUNREACH
                 seen = Interception(forwarder.pod.name, DNS_PORT, query.peer, original, failure)
                 self.seen.append(seen)

@@ -8,9 +8,9 @@ import socket
 from dataclasses import dataclass
 
 from pyambient.model.address import SocketAddress, from_sockaddr
+from pyambient.model.numbers import RESOLVER_PORT
 from tests.bed import BedPod, Channel, Child, ClientOptions, apps
 
-RESOLVER_PORT = 53
 _LONGEST = 1 << 16
 
 

@@ -17,7 +17,7 @@ from pyambient.intercept.netns_cookie import netns_cookie
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.selection import Selection
 from pyambient.model.address import SocketAddress
-from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT, PROXY_MARK
+from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT, PROXY_MARK, RESOLVER_PORT
 from tests.bed import (
     Bed,
     BedPod,
@@ -32,7 +32,6 @@ from tests.bed import (
 
 from .bpf_mesh import BPFFS, BpfMesh, target
 from .dns_apps import (
-    RESOLVER_PORT,
     Answer,
     ask,
     ask_each,

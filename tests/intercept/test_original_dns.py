@@ -64,4 +64,4 @@ def test_conntrack_knows_no_such_flow(bed: Bed, family: str) -> None:
 def test_a_namespace_without_flows(bed: Bed) -> None:
     """The list of flows of a pod that tracks none is empty."""
     with Conntrack(bed.pod("a").netns) as conntrack:
-        assert conntrack.flows(2) == conntrack.flows(10) == []
+        assert conntrack.entries(2) == conntrack.entries(10) == []

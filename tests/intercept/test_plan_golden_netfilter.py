@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def _captures(rendered: str) -> str:
     """The last two stages, or the one of them that there is."""
     heading = "# steer\n" if "# steer\n" in rendered else "# gate\n"
     return heading + rendered.partition(heading)[2]
+
+
+@pytest.mark.parametrize("backend", ["iptables-nft", "nftables"])
+def test_without_dns_capture(backend: str) -> None:
+    """No rule names the resolvers' port, and nothing but the proxy's ports is different."""
+    usual, without = (
+        _plan(INTERCEPTORS[backend], DUAL_STACK, CaptureOptions(dns=dns)).render()
+        for dns in (True, False)
+    )
+    left_out = set(usual.splitlines()) - set(without.splitlines())
+
+    assert not re.search(r"\b(53|notrack)\b", without)
+    assert all(re.search(r"\b(53|raw|untracked_(in|out))\b", line) for line in left_out), left_out
 
 
 def test_devices_do_not_matter(interceptor: Interceptor) -> None:

@@ -171,7 +171,7 @@ def test_verify_names_what_is_missing(bed: Bed) -> None:
     assert verify(target(pod), recorded) == []
 
     pod.ip("rule del pref 32764", "route flush table 100")
-    pod.command("iptables-nft", "-t", "nat", "-D", "ISTIO_OUTPUT", "4")
+    pod.command("iptables-nft", "-t", "nat", "-D", "ISTIO_OUTPUT", "6")
     pod.command("ip6tables-nft", "-t", "mangle", "-F")
     pod.command("sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=15001")
 
