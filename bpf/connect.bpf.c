@@ -147,10 +147,10 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address
  * Hook: cgroup/connect4 on --cgroup. Linux 5.9 (5.18 for the errno).
  * Returns ALLOW outside enrolled pods, for other protocols, for the proxy, and
  * for an app once its socket has the right mark (for what the pod's selection
- * excludes: none). DENY where the pod has no live
- * outbound listener (ECONNREFUSED), or the device of a bound socket no route for
- * captures (ENETUNREACH); before 5.18 both are EPERM. Multipath TCP comes here
- * as well: its first subflow is a TCP socket.
+ * excludes: none). DENY where the pod has no live outbound listener
+ * (ECONNREFUSED), or the device of a bound socket no route for captures
+ * (ENETUNREACH); before 5.18 both are EPERM. Multipath TCP comes here as well:
+ * its first subflow is a TCP socket.
  */
 SEC("cgroup/connect4")
 int pyamb_connect4(struct bpf_sock_addr *ctx)

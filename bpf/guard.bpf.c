@@ -21,6 +21,8 @@ DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 /* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
 DEFINE_HASH(existing, __u64, __u8, 1);
+/* Cookies of connections that the pod's selection let come in, from their SYN-ACK on. */
+DEFINE_LRU_HASH(let_in, __u64, __u8, 512);
 DEFINE_CONSTANTS;
 
 #include "drops.h"
@@ -55,6 +57,26 @@ static __always_inline int is_to_excluded(const struct segment *seg)
 	return is_excluded(constant(netns), INBOUND, seg->ends.to, seg->ends.from_port);
 }
 
+/*
+ * The answer to a SYN. An app may speak on its socket for the first time when
+ * the selection is another one: known by the cookie, as it inherits that.
+ */
+static __always_inline int pass_opening(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	__u8 yes = 1;
+
+	map_update(let_in, &cookie, &yes);
+	return PASS;
+}
+
+static __always_inline int is_let_in(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+
+	return map_lookup(let_in, &cookie) != NULL;
+}
+
 /* Once seen it is noted: it goes on if the pod's selection is another one later. */
 static __always_inline int pass_excluded(struct bpf_sock *sk)
 {
@@ -77,7 +99,9 @@ static __always_inline int judge_stream(struct __sk_buff *skb, struct bpf_sock *
 		return PASS;
 	if (is_older(skb))
 		return PASS;
-	return kind == SEGMENT && is_to_excluded(seg) ? pass_excluded(sk) : REASON_SOCKET;
+	if (is_let_in(skb) || (kind == SEGMENT && is_to_excluded(seg)))
+		return pass_excluded(sk);
+	return REASON_SOCKET;
 }
 
 static __always_inline int is_empty(const struct segment *seg)
@@ -94,7 +118,10 @@ static __always_inline int may_answer(struct bpf_sock *found, const struct segme
 		return 1;
 	if (found->state != BPF_TCP_LISTEN || !seg->tcp.syn)
 		return 0;
-	listener = bpf_sk_fullsock(found);	/* it answers with a cookie and keeps nothing */
+	/* Flooded, a listener answers with a SYN cookie and keeps nothing. */
+	if (is_to_excluded(seg))
+		return 1;
+	listener = bpf_sk_fullsock(found);
 	return listener && is_the_proxys(listener);
 }
 
@@ -151,8 +178,10 @@ static __always_inline int judge_without(struct __sk_buff *skb, const struct seg
 
 	if (listener && is_the_proxys(listener))
 		return PASS;
-	if (sk && (is_older(skb) || is_to_excluded(seg)))
+	if (sk && is_older(skb))
 		return PASS;
+	if (sk && is_to_excluded(seg))
+		return pass_opening(skb);
 	if (skb->ingress_ifindex || !is_kernels_answer(skb, seg))
 		return REASON_FORWARDED;
 	return PASS;

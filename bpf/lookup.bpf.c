@@ -153,7 +153,8 @@ static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct addr
  * with the help of note.bpf.c).
  * Returns SK_PASS with a listener assigned for what is captured, SK_PASS alone
  * for what stays as it is (other protocols, loopback, the pod to itself, proxy
- * to app, what the pod's selection excludes), SK_DROP where the listener is missing: fail closed.
+ * to app, what the pod's selection excludes), SK_DROP where the listener is
+ * missing: fail closed.
  */
 SEC("sk_lookup")
 int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)

@@ -49,7 +49,6 @@ static __always_inline int excludes(void *trie, const struct selector *key)
  * kernel will use or has used, the address of the other end (`ip`) and the port
  * that is connected to (in host order), and nothing else.
  */
-/* Field by field: an initialiser of constants alone becomes part of .rodata. */
 static __always_inline int is_excluded(__u64 netns, __u64 direction, const __u32 *ip, __u16 port)
 {
 	struct selection key = { .netns = netns, .direction = direction };
@@ -58,6 +57,7 @@ static __always_inline int is_excluded(__u64 netns, __u64 direction, const __u32
 
 	if (!trie)
 		return 0;
+	/* Not as initialisers: constant ones become part of .rodata. */
 	by_port.prefixlen = KIND_BITS + 16;
 	by_port.kind = OF_PORT;
 	by_port.value[0] = bpf_htonl((__u32)port << 16);

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 
 from .bpf_node import existing_map
 from .device_program import DeviceProgram, Direction, Place
-from .guard_maps import COUNTS, EXISTING, LAST, keep_new, note_existing, opened
+from .guard_maps import COUNTS, EXISTING, LAST, LET_IN, keep_new, note_existing, opened
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
 from .rtnetlink import routing
@@ -61,7 +61,7 @@ class EgressGuard(DeviceProgram):
         )
         with contextlib.ExitStack() as stack:
             shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}
-            shared |= stack.enter_context(opened(pod, bpffs, EXISTING, COUNTS, LAST))
+            shared |= stack.enter_context(opened(pod, bpffs, EXISTING, LET_IN, COUNTS, LAST))
             loaded = stack.enter_context(load("guard", constants, shared))
             keep_new(pod, bpffs, loaded, shared)
             yield loaded

@@ -1,7 +1,8 @@
 """What the guards of one pod share and tell: maps pinned in the pod's directory of bpffs.
 
-`existing` holds the sockets from before the enrolment, the others what was dropped. They go with
-the directory, when the pod is freed.
+`existing` holds the sockets from before the enrolment, `let_in` those that a selection let come in
+and that have not spoken yet, the others what was dropped. They go with the directory, when the pod
+is freed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .loader import LoadedObject
 
 EXISTING: Final = "existing"
 COUNTS: Final = "drop_counts"
+LET_IN: Final = "let_in"
 LAST: Final = "last_drops"
 # In the order of their numbers in bpf/drops.h.
 REASONS: Final = ("captured", "socket", "raw", "forwarded", "unreadable", "unsigned")
