@@ -25,6 +25,12 @@ from .rig import ProxyRig, proxied
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 _UDP_RULE = "OUTPUT ! -o lo -p udp -m mark ! --mark 0x539/0xfff --dport 53 -j REDIRECT --to 15053"
 _TCP_RULE = "OUTPUT ! -d {} -p tcp --dport 53 -m mark ! --mark 0x539/0xfff -j REDIRECT --to 15053"
+# Without: a client on a port that the proxy has just used for the same resolver is not captured,
+# because conntrack takes its query for one of the proxy's.
+_ZONE_RULES = (
+    "OUTPUT -p udp -m mark --mark 0x539/0xfff -m udp --dport 53 -j CT --zone 1",
+    "PREROUTING -p udp -m mark ! --mark 0x539/0xfff -m udp --sport 53 -j CT --zone 1",
+)
 # Where the redirect has a query arrive.
 ARRIVAL = {"v4": "127.0.0.1", "v6": "::1"}
 
@@ -34,6 +40,8 @@ def capture_dns(pod: BedPod) -> None:
     for tool, loopback in (("iptables", "127.0.0.1/32"), ("ip6tables", "::1/128")):
         for rule in (_UDP_RULE, _TCP_RULE.format(loopback)):
             pod.command(tool, "-w", "-t", "nat", "-A", *rule.split())
+        for rule in _ZONE_RULES:
+            pod.command(tool, "-w", "-t", "raw", "-A", *rule.split())
 
 
 class DnsRig:

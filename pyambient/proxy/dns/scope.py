@@ -8,6 +8,7 @@ from pyambient.intercept.original_dns import ResolverLookup
 from pyambient.model.address import SocketAddress
 from pyambient.observe.logs import get_logger
 from pyambient.observe.seldom import Seldom
+from pyambient.proxy.addresses import pod_addresses
 from pyambient.proxy.worker import PodScope
 
 from .budget import InFlight, Share
@@ -41,6 +42,8 @@ class DnsScope:
     def __init__(self, pod: PodScope, lookup: ResolverLookup) -> None:
         self.pod = pod
         self.lookup = lookup
+        # The details leave these out: they mean nothing outside of the pod.
+        self._link_local = frozenset(ip for ip in pod_addresses(pod.netns) if "%" in ip)
         self.share: Share = pod.worker.query_budget.share()
         self.counters = Counters()
         self._over_budget = Seldom(_log, "DNS queries dropped, too many are in flight")
@@ -50,7 +53,7 @@ class DnsScope:
 
     def may_ask(self, peer: SocketAddress) -> bool:
         """Whether it is the pod itself that asks; counted if not."""
-        if may_ask(peer.ip, self.pod.addresses):
+        if may_ask(peer.ip, self.pod.addresses) or peer.ip in self._link_local:
             return True
         self.counters.from_strangers += 1
         return False
