@@ -17,6 +17,7 @@ from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.zds.details import PodDetails
 
+from .described import details_of
 from .leaks import Leaks
 from .locate import path_of
 from .records import NetnsRef, Record, State
@@ -102,7 +103,7 @@ class Enrolled:
 
     @property
     def details(self) -> PodDetails:
-        return PodDetails(self.record.backend, self.record.addresses)
+        return details_of(self.record)
 
     def __repr__(self) -> str:
         return f"<Enrolled {self.record.pod} {self.record.state.value} in {self.netns!r}>"

@@ -230,14 +230,22 @@ class Enrolments:
             options = before.options.changed(choices)
             self._write(enrolled, before.changed(options=options))
             try:
-                await self._refresh(enrolled)
+                await self._choose_anew(enrolled, options.dns, before.options.dns)
             except (PyambientError, OSError):
                 self._write(enrolled, enrolled.record.changed(options=before.options))
                 with contextlib.suppress(PyambientError, OSError):
-                    await self._refresh(enrolled)
+                    await self._choose_anew(enrolled, before.options.dns, options.dns)
                 raise
         _log.info("changed", pod=str(before.pod), choices=" ".join(choices))
         return enrolled.record
+
+    async def _choose_anew(self, enrolled: Enrolled, dns: bool, had_dns: bool) -> None:  # noqa: FBT001 - two of one kind
+        """Refresh; the proxy listens for DNS before it is captured, and for as long as it is."""
+        if dns and not had_dns:
+            await self._proxies.describe(enrolled.uid, enrolled.details)
+        await self._refresh(enrolled)
+        if had_dns and not dns:
+            await self._proxies.describe(enrolled.uid, enrolled.details)
 
     async def refresh(self, enrolled: Enrolled) -> None:
         """Bring the pod's interception in line with the addresses and devices it has now."""
