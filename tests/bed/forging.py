@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pyambient.model.address import SocketAddress
 
@@ -100,14 +101,14 @@ def send_packets(packets: Iterable[bytes], destination: SocketAddress) -> None:
     """By a raw IP socket, headers included. Runs in a pod; needs CAP_NET_RAW."""
     with socket.socket(destination.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
         for packet in packets:
-            raw.sendto(packet, SocketAddress(destination.ip, 0).sockaddr())
+            _send(raw, packet, SocketAddress(destination.ip, 0).sockaddr())
 
 
 def send_tcp(segment: Forged) -> None:
     """By a raw socket for TCP, to which the kernel adds the IP header. Runs in a pod."""
     destination = segment.destination
     with socket.socket(destination.family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
-        raw.sendto(segment.tcp, SocketAddress(destination.ip, 0).sockaddr())
+        _send(raw, segment.tcp, SocketAddress(destination.ip, 0).sockaddr())
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +131,19 @@ class Frame:
 
 
 def send_frames(frame: Frame, packets: Iterable[bytes], *, bypass: bool = False) -> None:
-    """By a packet socket, out of eth0. Runs in a pod; needs CAP_NET_RAW.
-
-    That the kernel has dropped what was sent (ENOBUFS) is no error here.
-    """
+    """By a packet socket, out of eth0. Runs in a pod; needs CAP_NET_RAW."""
     kind = socket.SOCK_DGRAM if frame.cooked else socket.SOCK_RAW
     with socket.socket(socket.AF_PACKET, kind, 0) as sender:
         if bypass:
             sender.setsockopt(_SOL_PACKET, _PACKET_QDISC_BYPASS, 1)
         for packet in packets:
-            try:
-                sender.sendto(frame.bytes(packet), ("eth0", frame.says, 0, 0, frame.to))
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+            _send(sender, frame.bytes(packet), ("eth0", frame.says, 0, 0, frame.to))
+
+
+def _send(sender: socket.socket, data: bytes, to: tuple[Any, ...]) -> None:
+    """That the kernel has dropped it (ENOBUFS) is what the sender is here for."""
+    try:
+        sender.sendto(data, to)
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:
+            raise

@@ -27,6 +27,7 @@ from tests.bed.forging import (
     send_packets,
     send_tcp,
 )
+from tests.bed.patience import wait_for
 
 from .bpf_mesh import BPFFS, BpfMesh, at, serve, target
 
@@ -60,6 +61,7 @@ class Setting:
         """The marker leaves the pod if the guard only counts; it counts `reason` in any case."""
         with capturing(self.outside) as capture:
             self.a.run(attack, capabilities=list(capabilities))
+            wait_for(lambda: self.drops().total)
         arrived = any(_TAIL in frame for frame in capture.frames)
         counts = {name: n for name, n in self.drops().counts.items() if n}
         assert (arrived, set(counts)) == (self.mode == "count", {reason})
