@@ -22,6 +22,7 @@ from .interface import Plan, Pod, PodNetwork, Stage, Step, step
 from .iptables_tools import choose_variant, tool
 from .netfilter import FOUNDATION, UNTRACKED, Action, Field, Match, Place, Rule
 from .options import DEFAULTS, CaptureOptions
+from .probe_source import IptablesProbeSource, probed
 from .programs import run
 from .selection import PortRange
 from .sysctl import ReservedPorts
@@ -296,6 +297,7 @@ class Iptables:
             steps += [Untracked(ipv6, variant, untracked)] if untracked else []
             steps += [InboundRedirect(ipv6, variant, inbound)] if inbound else []
             steps.append(OutboundRedirect(ipv6, variant, outbound, options.dns))
+        steps += (IptablesProbeSource(ip, variant) for ip in probed(network))
         return Plan(self.name, network, tuple(sorted(steps, key=lambda s: s.stage)))
 
     def __repr__(self) -> str:

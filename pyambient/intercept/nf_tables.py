@@ -111,6 +111,19 @@ def flush(netns: Netns, these: Iterable[Chain]) -> None:
     _transact(netns, [_rules_deletion(chain) for chain in these if chain in present])
 
 
+def delete_rule(netns: Netns, chain: Chain, comment: str) -> None:
+    """Delete the rules of a chain that have this comment, as far as there are any."""
+    asked = nft_rule_msg()
+    asked["attrs"] = [("NFTA_RULE_TABLE", chain.table), ("NFTA_RULE_CHAIN", chain.name)]
+    with _nfnetlink(netns, chain.family) as kernel:
+        handles = [
+            message.get_attr("NFTA_RULE_HANDLE")
+            for message in kernel.request_get(asked, NFT_MSG_GETRULE)
+            if message.get_attr("NFTA_RULE_USERDATA") == comment
+        ]
+    _transact(netns, [_rule_deletion(chain, handle) for handle in handles])
+
+
 def delete_tables(netns: Netns, families: Iterable[int], table: str) -> None:
     """Delete the table of each family and all that is in it, as far as it is there."""
     present = [family for family in families if table in tables(netns, family)]
@@ -125,6 +138,12 @@ def _chain_deletion(chain: Chain) -> Any:
 def _rules_deletion(chain: Chain) -> Any:
     where = [("NFTA_RULE_TABLE", chain.table), ("NFTA_RULE_CHAIN", chain.name)]
     return _message(nft_rule_msg(), NFT_MSG_DELRULE, chain.family, where)
+
+
+def _rule_deletion(chain: Chain, handle: int) -> Any:
+    message = _rules_deletion(chain)
+    message["attrs"].append(("NFTA_RULE_HANDLE", handle))
+    return message
 
 
 def _table_deletion(family: int, table: str, flags: int = 0) -> Any:

@@ -33,6 +33,7 @@ from .netfilter import FOUNDATION, UNTRACKED, Place
 from .nf_tables import NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_UNSPEC, Chain
 from .nft_rules import TABLE, encode, text
 from .options import DEFAULTS, CaptureOptions
+from .probe_source import NftProbeSource, probed
 from .programs import installed, not_installed, run
 from .sysctl import ReservedPorts
 
@@ -220,6 +221,7 @@ class Nftables:
             *delivery(network, connects=False),
             Tables(_encode(options, families, *FOUNDATION)),
             *([Untracked(untracked)] if untracked else []),
+            *(NftProbeSource(ip) for ip in probed(network)),
             *([Inbound(inbound)] if inbound else []),
             Outbound(_encode(options, families, Place.OUTBOUND), options.dns),
         )

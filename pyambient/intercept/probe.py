@@ -21,7 +21,7 @@ from pyambient.netns import Netns
 from . import libbpf, lo_filter
 from .bpf_node import HOOKS, Place
 from .kernel_objects import AttachType, Link
-from .loader import BpfObject, Constants, ProgramRefused, load
+from .loader import BpfObject, Constants, ProgramRefused, load_compiled
 from .netns_cookie import ask_by_connect, netns_cookie
 from .scratch_cgroup import scratch_cgroup
 
@@ -107,6 +107,11 @@ def constants(cgroup: Path | None) -> Constants:
     )
 
 
+def _load(name: str, told: Constants | None = None) -> BpfObject:
+    """What the kernel can do is no matter of the loader: the quick one finds it out."""
+    return load_compiled(name, told or Constants(), {})
+
+
 @functools.cache
 def node_cookie(cgroup: Path | None) -> int:
     """The cookie of the network namespace that this process is in, which is the node's."""
@@ -148,7 +153,7 @@ def _magic_connect(cgroup: Path | None) -> None:
 def _hooks(cgroup: Path | None, sources: frozenset[str]) -> None:
     with scratch_cgroup(cgroup) as scratch, contextlib.ExitStack() as stack:
         for source in sources:
-            loaded = stack.enter_context(load(source))
+            loaded = stack.enter_context(_load(source))
             for hook in HOOKS:
                 if hook.source == source:
                     program = loaded.program_fd(hook.program)
@@ -168,22 +173,22 @@ def _proxy_hooks(cgroup: Path | None) -> None:
 
 
 def _sk_lookup(_: Path | None) -> None:
-    with Netns.empty() as scratch, load("lookup") as loaded:
+    with Netns.empty() as scratch, _load("lookup") as loaded:
         program = loaded.program_fd("pyamb_sk_lookup")
         Link.create(program, scratch.fd, AttachType.SK_LOOKUP).close()
 
 
 def _ingress_ifindex(_: Path | None) -> None:
-    load("lookup", Constants(has_ingress_ifindex=True)).close()
+    _load("lookup", Constants(has_ingress_ifindex=True)).close()
 
 
 def _note_on_lo(_: Path | None) -> None:
-    with Netns.empty() as scratch, load("note") as loaded:
+    with Netns.empty() as scratch, _load("note") as loaded:
         lo_filter.attach(scratch, loaded.program_fd("pyamb_note"))
 
 
 def _set_retval(_: Path | None) -> None:
-    load("connect", Constants(has_set_retval=True)).close()
+    _load("connect", Constants(has_set_retval=True)).close()
 
 
 _INGRESS_IFINDEX: Final = "ingress_ifindex in sk_lookup"

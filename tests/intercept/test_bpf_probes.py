@@ -8,8 +8,7 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT
-from tests.bed import Bed, BedPod, Network, apps
-from tests.bed.network import command
+from tests.bed import Bed, BedPod, apps
 
 from .bpf_mesh import PORT, BpfMesh, at, serve
 
@@ -21,21 +20,6 @@ def mesh(bed: Bed) -> Iterator[BpfMesh]:
     """Pods a and b enrolled."""
     with BpfMesh(bed, bed.pod("a"), bed.pod("b")) as made:
         yield made
-
-
-@pytest.fixture
-def masqueraded(bed: Bed) -> Iterator[BedPod]:
-    """A pod in another network, whose connections reach the others from the node's address."""
-    network = bed.add_network(Network("br79", "10.79.0", "fd79::"))
-    bed.node.command(
-        "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"
-    )
-    rules = "chain post { type nat hook postrouting priority srcnat; oifname br77 masquerade; }"
-    for family in ("ip", "ip6"):
-        command("nft", "-f", "-", text=f"table {family} masquerading {{ {rules}; }}\n")
-    yield bed.pod("masqueraded", network=network)
-    for family in ("ip", "ip6"):
-        command("nft", "delete", "table", family, "masquerading")
 
 
 def test_a_probe_reaches_the_app(mesh: BpfMesh, family: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyambient.intercept.interface import Interceptor
+from pyambient.intercept.interface import Interceptor, Stage
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import (
     HBONE_PORT,
@@ -27,7 +27,7 @@ from tests.bed import (
     apps,
 )
 
-from .netfilter_mesh import FOUNDATION, INTERCEPTORS, STEERING, NetfilterMesh
+from .netfilter_mesh import FOUNDATION, INTERCEPTORS, STEERING, NetfilterMesh, target
 
 PORT = 8080
 OTHER_PORT = 9090
@@ -148,6 +148,37 @@ def test_a_health_probe_is_left_alone(mesh: NetfilterMesh, family: str) -> None:
     assert seen.data == b"alive?"
     assert mesh.intercepted() == []
     assert [one.peer.ip for one in echo.ask("accepted")] == [source]
+
+
+def test_the_nodes_probes_come_from_that_address(mesh: NetfilterMesh, family: str) -> None:
+    """What a socket of the node opens reaches the app, and seems to come from there."""
+    a, b, node = mesh.bed.pods["a"], mesh.bed.pods["b"], mesh.bed.node
+    source = PROBE_ADDRESS_V4 if family == "v4" else PROBE_ADDRESS_V6
+    for pod in (a, b):
+        echo = _serve(pod)
+        assert node.run(apps.request, _at(pod, family), b"alive?").data == b"alive?"
+        assert [one.peer.ip for one in echo.ask("accepted")] == [source]
+    assert mesh.intercepted() == []
+
+
+def test_the_nodes_address_proves_nothing(
+    mesh: NetfilterMesh, masqueraded: BedPod, family: str
+) -> None:
+    """What the node masquerades comes from its address and goes to the proxy."""
+    a = mesh.bed.pods["a"]
+    _serve(a)
+    masqueraded.run(apps.request, _at(a, family), b"alive?")
+    (seen,) = mesh.intercepted()
+    assert (seen.port, seen.peer.ip) == (INBOUND_PORT, mesh.bed.node.address(family))
+
+
+def test_the_node_keeps_nothing_of_a_pod_that_left(mesh: NetfilterMesh) -> None:
+    """Its rules go with it, those of others stay; with the last one the tables go."""
+    a, b = mesh.bed.pods["a"], mesh.bed.pods["b"]
+    mesh.close(a, tuple(Stage))
+    assert [what for step in mesh.recorded["b"] if (what := step.missing(target(b)))] == []
+    mesh.close(b, tuple(Stage))
+    assert mesh.bed.node.command("nft", "list", "ruleset") == ""
 
 
 def test_a_closed_port_is_refused_at_once(mesh: NetfilterMesh, family: str) -> None:
