@@ -11,7 +11,8 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT
-from tests.bed import ClientOptions, apps
+from tests.bed import BedPod, ClientOptions, apps
+from tests.bed.masquerade import masqueraded
 
 from . import attacker
 from .conftest import Pair
@@ -49,6 +50,13 @@ def port() -> int:
     return next(_ports)
 
 
+@pytest.fixture(scope="module")
+def behind_the_node(pair: Pair) -> Iterator[BedPod]:
+    """A pod whose connections come from the node's own address."""
+    with masqueraded(pair.bed) as pod:
+        yield pod
+
+
 @pytest.fixture(autouse=True)
 def no_leftover(pair: Pair) -> Iterator[None]:
     """Each test ends with an empty mesh file."""
@@ -71,6 +79,19 @@ def test_a_policy_lets_one_identity_in_and_no_plaintext(pair: Pair, family: str,
         assert len(echo.ask("accepted")) == 1
     (line,) = pair.mesh.access_log({"direction": "inbound", "dst.addr": str(there)})
     assert "policy rejection" in line["error"]
+
+
+def test_a_probe_of_the_node_passes_what_no_plaintext_does(
+    pair: Pair, behind_the_node: BedPod, family: str, port: int
+) -> None:
+    """The node's own socket reaches the app; what the node masquerades, from its address, not."""
+    write_policy(pair, "client")
+    there = SocketAddress(pair.server.address(family), port)
+    with pair.serve(pair.server, port) as echo:
+        assert pair.bed.node.run(apps.request, there, b"alive?", SETTLE).data == b"alive?"
+        refused = behind_the_node.run(apps.request, there, b"alive?", SETTLE)
+        assert (refused.data, refused.errno) == (b"", errno.ECONNRESET)
+        assert len(echo.ask("accepted")) == 1
 
 
 def test_a_denied_identity_gets_401_and_its_app_a_reset(pair: Pair, family: str, port: int) -> None:

@@ -12,8 +12,8 @@ from pyambient.intercept import probe
 from pyambient.intercept.interface import Interceptor
 from pyambient.intercept.loader import Constants
 from pyambient.netns import Netns
-from tests.bed import Bed, BedPod, CgroupTree, Network
-from tests.bed.network import command
+from tests.bed import Bed, BedPod, CgroupTree
+from tests.bed.masquerade import masqueraded
 
 from .netfilter_mesh import INTERCEPTORS
 
@@ -24,19 +24,11 @@ def interceptor(request: pytest.FixtureRequest) -> Interceptor:
     return INTERCEPTORS[request.param]
 
 
-@pytest.fixture
-def masqueraded(bed: Bed) -> Iterator[BedPod]:
-    """A pod in another network, whose connections reach the others from the node's address."""
-    network = bed.add_network(Network("br79", "10.79.0", "fd79::"))
-    bed.node.command(
-        "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"
-    )
-    rules = "chain post { type nat hook postrouting priority srcnat; oifname br77 masquerade; }"
-    for family in ("ip", "ip6"):
-        command("nft", "-f", "-", text=f"table {family} masquerading {{ {rules}; }}\n")
-    yield bed.pod("masqueraded", network=network)
-    for family in ("ip", "ip6"):
-        command("nft", "delete", "table", family, "masquerading")
+@pytest.fixture(name="masqueraded")
+def _masqueraded(bed: Bed) -> Iterator[BedPod]:
+    """A pod that reaches the others from the node's own address."""
+    with masqueraded(bed) as pod:
+        yield pod
 
 
 @pytest.fixture(params=["this kernel", "as Linux 5.10"])
