@@ -15,10 +15,12 @@
  * which nothing tells from an app's: so an app with CAP_NET_RAW can send such
  * segments, too. They open nothing and carry nothing.
  */
+#include "probes.h"
 #include "selection.h"
 
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
+DEFINE_PROBES;
 /* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
 DEFINE_HASH(existing, __u64, __u8, 1);
 /* Cookies of connections that the pod's selection let come in, from their SYN-ACK on. */
@@ -55,6 +57,18 @@ static __always_inline int is_older(struct __sk_buff *skb)
 static __always_inline int is_to_excluded(const struct segment *seg)
 {
 	return is_excluded(constant(netns), INBOUND, seg->ends.to, seg->ends.from_port);
+}
+
+/* The answer to a health probe of the node, which waits for it. */
+static __always_inline int is_to_probe(const struct segment *seg)
+{
+	struct connection key = {};
+
+	set_ipv6(key.from, seg->ends.to);
+	set_ipv6(key.to, seg->ends.from);
+	key.from_port = seg->ends.to_port;
+	key.to_port = seg->ends.from_port;
+	return map_lookup(probes, &key) != NULL;
 }
 
 /*
@@ -180,7 +194,7 @@ static __always_inline int judge_without(struct __sk_buff *skb, const struct seg
 		return PASS;
 	if (sk && is_older(skb))
 		return PASS;
-	if (sk && is_to_excluded(seg))
+	if (sk && (is_to_excluded(seg) || is_to_probe(seg)))
 		return pass_opening(skb);
 	if (skb->ingress_ifindex || !is_kernels_answer(skb, seg))
 		return REASON_FORWARDED;

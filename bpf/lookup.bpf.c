@@ -68,14 +68,12 @@ static __always_inline int is_opening_probe(struct bpf_sk_lookup *ctx, const __u
 					    const __u32 *remote)
 {
 	struct connection key = {};
-	struct probe *probe;
 
 	set_ipv6(key.from, remote);
 	set_ipv6(key.to, local);
 	key.from_port = bpf_ntohs(ctx->remote_port);
 	key.to_port = ctx->local_port;
-	probe = map_lookup(probes, &key);
-	return probe && probe->state == PROBE_OPENING;
+	return map_lookup(probes, &key) != NULL;
 }
 
 /* HBONE is the mesh's own way in, whatever the pod's selection says. */

@@ -14,9 +14,6 @@
 #include "ends.h"
 #include "probes.h"
 
-/* How long the pod may still answer when the node's socket is gone: TIME-WAIT's length. */
-#define FAREWELL	60000000000ULL	/* ns */
-
 DEFINE_PROBE_SOCKETS;
 DEFINE_PROBES;
 DEFINE_CONSTANTS;
@@ -49,17 +46,6 @@ int pyamb_probe6(struct bpf_sock_addr *ctx)
 	return note_socket(ctx);
 }
 
-static __always_inline void changed_state(struct bpf_sock_ops *ctx, const struct connection *key)
-{
-	struct probe probe = { .state = PROBE_OPEN };
-
-	if (ctx->args[1] == BPF_TCP_CLOSE)
-		probe.until = bpf_ktime_get_ns() + FAREWELL;
-	else if (ctx->args[1] != BPF_TCP_ESTABLISHED)
-		return;
-	map_update(probes, key, &probe);
-}
-
 /*
  * Hook: sockops on --probe-cgroup. Linux 5.9.
  * Returns ALLOW always. Keeps `probes`; what cannot be kept there is judged by
@@ -69,17 +55,18 @@ SEC("sockops")
 int pyamb_probing(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
-	struct probe opening = { .state = PROBE_OPENING };
 	struct connection key = {};
+	__u8 yes = 1;
 
 	if (!sk || !storage_get(probe_sockets, sk, 0))
 		return ALLOW;
 	read_ends(&key, ctx);
 	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
-		map_update(probes, &key, &opening);
+		map_update(probes, &key, &yes);
 		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
-	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB) {
-		changed_state(ctx, &key);
+	} else if (ctx->op == BPF_SOCK_OPS_STATE_CB && ctx->args[0] == BPF_TCP_SYN_SENT) {
+		map_delete(probes, &key);
+		bpf_sock_ops_cb_flags_set(ctx, 0);
 	}
 	return ALLOW;
 }

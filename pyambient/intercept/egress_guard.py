@@ -29,7 +29,7 @@ from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
 from .rtnetlink import routing
 
-_NODE_MAPS: Final = ("proxy_sockets", "captured_socks", "selections")
+_NODE_MAPS: Final = ("proxy_sockets", "captured_socks", "selections", "probes")
 _ARPHRD_ETHER: Final = 1
 
 
