@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 
 from pyambient.intercept.bpf import Bpf
-from pyambient.intercept.interface import Plan, Pod, Site, from_record, to_record
+from pyambient.intercept.interface import (
+    Plan,
+    Pod,
+    PodAddress,
+    PodNetwork,
+    Site,
+    from_record,
+    to_record,
+)
 from pyambient.intercept.loader import Constants
 from pyambient.intercept.options import CaptureOptions
 from pyambient.netns import Netns
 
-from .test_plan_golden_netfilter import DUAL_STACK, GOLDEN, TWO_DEVICES, V4_ONLY, VARIANTS
+from .test_plan_golden_netfilter import DUAL_STACK, GOLDEN, V4_ONLY, VARIANTS
 
 _SITE = Site(Path("/run/pyambient"), Path("/sys/fs/bpf/pyambient"), Path("/sys/fs/cgroup"))
 _THIS = Constants(has_ingress_ifindex=True, has_set_retval=True)
-_NETWORKS = {"dual-stack": DUAL_STACK, "v4-only": V4_ONLY, "two-devices": TWO_DEVICES}
+_TWO_DEVICES = PodNetwork(
+    (*DUAL_STACK.addresses, PodAddress("10.0.2.2", "eth1")), ("eth0", "eth1"), has_ipv6=True
+)
+_NETWORKS = {"v4-only": V4_ONLY, "two-devices": _TWO_DEVICES}
 # What a variant says, and its file says it.
 _CHOICES: dict[str, dict[str, Any]] = {
     "dual-stack": {},
