@@ -127,10 +127,12 @@ class Loop:
                 handler(mask)
             except Exception as error:  # noqa: BLE001 - a bug in one connection spares the others
                 self._crashed(handler, error)
-        for _ in range(len(self._guest_calls)):
-            self._guest_calls.popleft()()
-        for _ in range(len(self._ready)):
-            self._call(self._ready.popleft())
+        if self._guest_calls:
+            for _ in range(len(self._guest_calls)):
+                self._guest_calls.popleft()()
+        if self._ready:
+            for _ in range(len(self._ready)):
+                self._call(self._ready.popleft())
         if self._dirty:
             dirty, self._dirty = self._dirty, {}
             for flushable in dirty:

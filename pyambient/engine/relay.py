@@ -105,6 +105,10 @@ class StreamRelay:
             self.pump()
 
     def on_events(self, mask: int) -> None:
+        if mask == IN and self._open:
+            self._readable = True
+            self.pump()
+            return
         if mask & OUT and self._backlog is not None and self._open:
             self._drain()
         if mask & (IN | GONE):
@@ -216,7 +220,8 @@ class StreamRelay:
         if count < len(view):
             self._backlog = bytearray(view[count:])
             self._watch_out()
-        self._took(count)
+        self.bytes_down += count
+        self._credit(count)
 
     def _watch_out(self) -> None:
         """The app's socket is full: from now on it tells when it is not."""

@@ -63,6 +63,9 @@ class _Calls(Protocol):
     def read(self, start: int) -> int:
         """Decrypt into the shared plain buffer from `start`; 0 at close_notify, -1 if none."""
 
+    def drained(self) -> bool:
+        """Whether `read` is known to have nothing more; False if only `read` can tell."""
+
     def feed(self, count: int) -> None:
         """`count` bytes of the shared cipher buffer came from the network."""
 
@@ -101,6 +104,9 @@ class _PublicCalls:
         except SSL.Error as error:
             raise TlsError(describe(error)) from None
 
+    def drained(self) -> bool:
+        return False
+
     def feed(self, count: int) -> None:
         self._connection.bio_write(bytes(self._buffers.cipher_view[:count]))
 
@@ -137,7 +143,7 @@ class _RawCalls:
         self._ssl, self._in, self._out = private._ssl, private._into_ssl, private._from_ssl  # noqa: SLF001 - the point
         self._explain = _util.exception_from_error_queue
         self._ssl_read, self._ssl_write = lib.SSL_read, lib.SSL_write
-        self._get_error = lib.SSL_get_error
+        self._get_error, self._ssl_pending = lib.SSL_get_error, lib.SSL_pending
         self._bio_read, self._bio_write = lib.BIO_read, lib.BIO_write
         self._mem_data = lib.BIO_get_mem_data
         self._from_buffer, self._as_buffer = ffi.from_buffer, ffi.buffer
@@ -156,6 +162,9 @@ class _RawCalls:
         if code == _ZERO_RETURN:
             return 0
         raise self._failure()
+
+    def drained(self) -> bool:
+        return not self._mem_data(self._in, self._pointer) and not self._ssl_pending(self._ssl)
 
     def feed(self, count: int) -> None:
         self._bio_write(self._in, self._cipher, count)
@@ -227,7 +236,8 @@ class TlsTransport:
                 end += count
                 if PLAIN_SIZE - end < _RECORD:
                     return end, Fill.MORE
-                count = read(end)
+                # A short record is mostly the last one, and a read that fails is the dearest.
+                count = -1 if count < _RECORD and self._calls.drained() else read(end)
             if count == 0:
                 return end, Fill.EOF
             if self._drained:
@@ -261,7 +271,8 @@ class TlsTransport:
     def push(self) -> bool:
         """Give ciphertext to the socket; False, and `blocked`, while it takes no more."""
         unsent = self._calls.unsent()
-        while unsent:
+        whole = True
+        if unsent:
             try:
                 count = self.sock.send(unsent)
             except BlockingIOError:
@@ -270,12 +281,8 @@ class TlsTransport:
             whole = count == len(unsent)
             unsent = None
             self._calls.sent(count)
-            if not whole:
-                self.blocked = True
-                return False
-            unsent = self._calls.unsent()
-        self.blocked = False
-        return True
+        self.blocked = not whole
+        return whole
 
     def shutdown(self) -> None:
         """Tell the peer that no more comes (close_notify), if it can be told without waiting."""

@@ -162,7 +162,11 @@ class Connection(Receiver):
         """
         if not stream.can_send:
             return _NO_ROOM
-        length = min(want, stream.send_window, self._send_window, self._max_frame, self._out.room())
+        length = self._out.room()
+        length = min(length, want)
+        length = min(length, stream.send_window)
+        length = min(length, self._send_window)
+        length = min(length, self._max_frame)
         if length <= 0:
             if want > 0:
                 self._starved[stream] = None
@@ -201,6 +205,13 @@ class Connection(Receiver):
 
         Whether that has made something to send.
         """
+        consumed, full = stream.consumed + count, stream.full_window
+        if consumed * 4 < full and stream.receive_window + consumed <= full:
+            of_all = self._consumed + count
+            if of_all * 4 < self.settings.connection_window:
+                # Mostly there is nothing to do but to count.
+                stream.consumed, self._consumed = consumed, of_all
+                return False
         uncredited = stream.uncredited
         if count > uncredited:
             if not stream.closed:
