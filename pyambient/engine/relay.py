@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pyambient.hbone import HEADER_SIZE, ErrorCode, Headers, Stream
 
 from .loop import ALL_APP_EVENTS, APP_EVENTS, GONE, IN, OUT, Loop
+from .reservoir import Reservoir
 from .tunnel import Tunnel
 
 _READ_MIN = 4 << 10
@@ -65,6 +66,7 @@ class StreamRelay:
         "error",
         "on_answer",
         "on_finished",
+        "reservoir",
         "sock",
         "stream",
         "tunnel",
@@ -80,6 +82,7 @@ class StreamRelay:
         self.error: str | None = None
         self.on_answer: Callable[[StreamRelay, int, Headers], None] | None = None
         self.on_finished: Callable[[StreamRelay], None] | None = None
+        self.reservoir: Reservoir | None = None
         self._loop = loop
         self._fd = sock.fileno()
         self._open = False
@@ -204,10 +207,7 @@ class StreamRelay:
         """Send the payload to the app; keep what its socket does not take."""
         backlog = self._backlog
         if backlog is not None or not self._open:
-            if backlog is None:
-                self._backlog = bytearray(view)
-            else:
-                backlog += view
+            self._keep(view)
             return
         try:
             count = self.sock.send(view)
@@ -217,15 +217,24 @@ class StreamRelay:
             self._credit(len(view))
             self.abort(f"send: {error.strerror}")
             return
-        if count < len(view):
-            self._backlog = bytearray(view[count:])
-            self._watch_out()
         self.bytes_down += count
         self._credit(count)
+        if count < len(view) and self._fd >= 0:
+            self._keep(view[count:])
+            self._watch_out()
+
+    def _keep(self, rest: memoryview) -> None:
+        """What the app has not taken waits, as far as its pod may keep so much."""
+        if self.reservoir is not None and not self.reservoir.take(len(rest)):
+            self.abort("too much is kept for apps that do not read", ErrorCode.ENHANCE_YOUR_CALM)
+        elif self._backlog is None:
+            self._backlog = bytearray(rest)
+        else:
+            self._backlog += rest
 
     def _watch_out(self) -> None:
         """The app's socket is full: from now on it tells when it is not."""
-        if not self._watching_out:
+        if not self._watching_out and self._fd >= 0:
             self._watching_out = True
             self._loop.rewatch(self._fd, ALL_APP_EVENTS)
 
@@ -274,6 +283,8 @@ class StreamRelay:
             except OSError as error:
                 self.abort(f"send: {error.strerror}")
                 return
+            if self.reservoir is not None:
+                self.reservoir.give(count)
             if count == len(backlog):
                 self._backlog = None
             else:
@@ -330,6 +341,8 @@ class StreamRelay:
         if fd < 0:
             return
         self._loop.forget(fd)
+        if self._backlog and self.reservoir is not None:
+            self.reservoir.give(len(self._backlog))
         self._backlog = None
         if graceful:
             self.sock.close()

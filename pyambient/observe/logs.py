@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from .layout import LEVELS, Layout, layout_of, level_number, plain_line
@@ -66,10 +67,25 @@ class _LazyLogger:
         return f"<Logger {self._scope}>"
 
 
+def _structlog() -> ModuleType:
+    """Structlog without rich, which its renderers for developers import wherever it is installed.
+
+    That is 10 MB of every proxy's memory for renderers that nothing here uses.
+    """
+    absent = "rich" not in sys.modules
+    if absent:
+        sys.modules["rich"] = cast("ModuleType", None)
+    try:
+        import structlog  # noqa: PLC0415 - see the module's docstring
+    finally:
+        if absent:
+            del sys.modules["rich"]
+    return structlog
+
+
 @functools.lru_cache(maxsize=256)
 def _bound(scope: str) -> FilteringBoundLogger:
-    import structlog  # noqa: PLC0415 - see the module's docstring
-
+    structlog = _structlog()
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.format_exc_info,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+from http import HTTPStatus
 
 import trio
 from OpenSSL import SSL
@@ -35,7 +36,6 @@ from . import sockets
 from .records import inbound_record
 from .worker import PodScope
 
-_HANDSHAKES_MAX = 512
 # Of one tunnel: a turn of the loop stays in the order of a millisecond.
 _REQUESTS_A_TURN = 8
 
@@ -54,26 +54,31 @@ class Inbound:
     def __init__(self, scope: PodScope) -> None:
         self._scope = scope
         self._tunnels: dict[InboundTunnel, None] = {}
-        self._handshakes = 0
         self._draining = False
 
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """A peer connected; take its socket over."""
-        if self._handshakes >= _HANDSHAKES_MAX:
-            self._fail(sock, peer, f"{_HANDSHAKES_MAX} handshakes are under way already")
+        budget = self._scope.budget
+        if not budget.may_take(1) or budget.begin_handshake(peer.ip):
             sock.close()
             return
-        self._handshakes += 1
+        budget.take(1)
         self._scope.start_soon(self._serve, sock, peer)
 
     async def _serve(self, sock: socket.socket, peer: SocketAddress) -> None:
         """One tunnel, from its handshake to its end."""
+        budget = self._scope.budget
         try:
-            tunnel = await self._handshake(sock, peer)
+            try:
+                tunnel = await self._handshake(sock, peer)
+            finally:
+                budget.end_handshake()
+            if tunnel is not None:
+                await self._run(tunnel)
         finally:
-            self._handshakes -= 1
-        if tunnel is None:
-            return
+            budget.give(1)
+
+    async def _run(self, tunnel: InboundTunnel) -> None:
         self._tunnels[tunnel] = None
         try:
             await tunnel.run()
@@ -193,6 +198,10 @@ class InboundTunnel:
         if stream.closed:
             return
         scope = self._scope
+        if not scope.budget.may_take(1):
+            self.tunnel.connection.refuse(stream, HTTPStatus.SERVICE_UNAVAILABLE)
+            self.tunnel.loop.flush_soon(self.tunnel)
+            return
         decision = decisions.decide_inbound(
             request.authority,
             self.local.ip,
@@ -237,7 +246,7 @@ class InboundConnection:
         self._record = record
         self._dial: Dial | None = None
         self._relay: StreamRelay | None = None
-        scope.track(self)
+        scope.track(self, 1)
 
     def begin(self, target: SocketAddress) -> None:
         worker = self._scope.worker
@@ -248,6 +257,7 @@ class InboundConnection:
             return
         relay = self._relay = StreamRelay(worker.loop, app, self._owner.tunnel)
         relay.stream = self._stream
+        relay.reservoir = self._scope.budget.buffered
         relay.on_finished = self._finished
         self._stream.sink = relay
         try:

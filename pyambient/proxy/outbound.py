@@ -22,7 +22,7 @@ from pyambient.model.spiffe import SpiffeId
 from pyambient.observe.accesslog import ConnectionRecord
 
 from . import sockets
-from .plain import PlainConnection
+from .plain import PLAIN_DESCRIPTORS, PlainConnection
 from .pool import Pool, PoolKey, Waiter
 from .records import outbound_record
 from .worker import PodScope
@@ -38,6 +38,9 @@ class Outbound:
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """An app connected; take its socket over."""
         scope = self._scope
+        if not scope.budget.may_take(PLAIN_DESCRIPTORS):
+            reset(sock)
+            return
         destination = sockets.original_destination(sock, netfilter=scope.netfilter)
         own = scope.workload()
         if own is None:
@@ -93,7 +96,7 @@ class Tunnelled:
         self._relay: StreamRelay | None = None
         self._answer: Deadline | None = None
         self._decision: route.Tunnel | None = None
-        scope.track(self)
+        scope.track(self, 1)
 
     def begin(self, decision: route.Tunnel) -> None:
         record = self._record
@@ -130,6 +133,7 @@ class Tunnelled:
         record.source_identity = self._scope.identity
         record.destination_identity = peer
         relay = self._relay = StreamRelay(worker.loop, self._sock, tunnel)
+        relay.reservoir = self._scope.budget.buffered
         relay.on_answer = self._answered
         relay.on_finished = self._relay_finished
         relay.stream = tunnel.connection.open(self._request(), relay)

@@ -16,6 +16,8 @@ from pyambient.observe.accesslog import ConnectionRecord
 
 from .worker import PodScope
 
+PLAIN_DESCRIPTORS = 2
+
 
 class PlainConnection:
     """One plain connection, from the accepted (near) socket on."""
@@ -38,7 +40,7 @@ class PlainConnection:
         self._dial: Dial | None = None
         self._relay: PlainRelay | None = None
         self._target = record.destination
-        scope.track(self)
+        scope.track(self, PLAIN_DESCRIPTORS)
 
     def begin(self, far_socket: Callable[[], socket.socket], target: SocketAddress) -> None:
         """Dial `target` with the socket that `far_socket()` makes; its OSError is a refusal."""

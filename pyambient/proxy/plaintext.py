@@ -14,7 +14,7 @@ from pyambient.mesh import inbound as decisions
 from pyambient.model.address import SocketAddress
 
 from . import sockets
-from .plain import PlainConnection
+from .plain import PLAIN_DESCRIPTORS, PlainConnection
 from .records import inbound_record
 from .worker import PodScope
 
@@ -28,6 +28,9 @@ class Plaintext:
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """Somebody outside connected to an app of the pod; take the socket over."""
         scope = self._scope
+        if not scope.budget.may_take(PLAIN_DESCRIPTORS):
+            reset(sock)
+            return
         destination = sockets.original_destination(sock, netfilter=scope.netfilter)
         decision = decisions.decide_plaintext(
             destination,

@@ -207,6 +207,7 @@ class Pods:
             self._end(ref.uid, "internal error")
         finally:
             scope.release_stock()
+            scope.budget.close()
             netns.close()
 
     async def remove(self, uid: str) -> None:

@@ -33,6 +33,7 @@ from pyambient.netns import Netns
 from pyambient.observe.accesslog import AccessLog, ConnectionRecord
 from pyambient.zds.details import PodDetails
 
+from .budgets import Budgets, Limits, PodBudget
 from .dns.budget import Budget
 from .sockets import Stock
 
@@ -52,8 +53,9 @@ class Worker:
         access_log: AccessLog,
         trust_domain: str,
         http2: LocalSettings = _HTTP2,
+        limits: Limits | None = None,
     ) -> None:
-        """`http2` are the settings of every tunnel."""
+        """`http2` are the settings of every tunnel, `limits` by default those of the process."""
         self.loop = loop
         self.view = view
         self.certificates = certificates
@@ -64,6 +66,7 @@ class Worker:
         self.buffers = SharedBuffers()
         self.outputs = OutputPool()
         self.handshakes = Pacer(loop)
+        self.budgets = Budgets(limits)
         self.connects = Deadlines(CONNECT_TIMEOUT)
         self.answers = Deadlines(ANSWER_TIMEOUT)
         self.shortages = Deadlines(_SHORTAGE_PAUSE)
@@ -125,9 +128,10 @@ class PodScope:
     netns: Netns
     details: PodDetails
     nursery: trio.Nursery | None = None
-    live: dict[Live, None] = field(default_factory=dict)
+    live: dict[Live, int] = field(default_factory=dict)
     identity: SpiffeId = field(init=False)
     stock: Stock = field(init=False)
+    budget: PodBudget = field(init=False)
     datagram_stock: Stock = field(init=False)
     _described: tuple[Workload | None, str] = (None, "")
     idle: trio.Event = field(default_factory=trio.Event)
@@ -135,6 +139,7 @@ class PodScope:
     def __post_init__(self) -> None:
         self.identity = self.pod.identity(self.worker.trust_domain)
         self.stock = Stock(self.netns)
+        self.budget = self.worker.budgets.pod(str(self.pod))
         self.datagram_stock = Stock(self.netns, socket.SOCK_DGRAM)
 
     @property
@@ -193,13 +198,14 @@ class PodScope:
         assert self.nursery is not None  # noqa: S101 - nothing is accepted before Pod.run
         self.nursery.start_soon(task, *args)
 
-    def track(self, connection: Live) -> None:
-        """Count a proxied connection; `finish` it when it is over."""
-        self.live[connection] = None
+    def track(self, connection: Live, descriptors: int) -> None:
+        """Count a proxied connection and what it takes; `finish` it when it is over."""
+        self.live[connection] = descriptors
+        self.budget.take(descriptors)
 
     def finish(self, connection: Live, record: ConnectionRecord) -> None:
         """A proxied connection is over: forget it, and write its line."""
-        self.live.pop(connection, None)
+        self.budget.give(self.live.pop(connection, 0))
         if not self.live:
             self.idle.set()
         self.worker.access_log.complete(record)

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from pyambient.engine.relay import StreamRelay
+from pyambient.engine.reservoir import Reservoir
 from pyambient.hbone import Stream
 from pyambient.identity.ca import EmbeddedAuthority
 
@@ -295,3 +296,29 @@ def test_a_finished_connection_leaves_nothing_to_the_collector(authority):
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def test_an_app_that_does_not_read_costs_its_own_connection_when_its_pod_keeps_too_much(authority):
+    """Over the budget the stream is reset with an error; the tunnel's other streams go on."""
+
+    async def test(rig):
+        deaf, sender = rig.open()
+        lively, lively_server = rig.open()
+        reservoir = Reservoir(100_000)
+        for relay in rig.relays:
+            relay.reservoir = reservoir
+
+        def flood():
+            while True:
+                sender.sendall(bytes(1 << 16))
+
+        with pytest.raises(OSError, match=r"reset|Broken"):
+            await in_thread(flood)
+        assert "kept" in rig.relays[0].error
+        assert reservoir.held == 0
+        await in_thread(lively.sendall, b"ping")
+        assert await in_thread(lively_server.recv, 4) == b"ping"
+        for sock in (deaf, sender, lively, lively_server):
+            sock.close()
+
+    rigged(authority, test)

@@ -22,6 +22,7 @@ from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.accesslog import AccessLog
+from pyambient.proxy.budgets import Limits
 from pyambient.proxy.pods import Pods
 from pyambient.proxy.pool import Pool, PoolKey, Waiter
 from pyambient.proxy.worker import PodScope, Worker
@@ -88,7 +89,12 @@ class Asked:
         self.told.set()
 
 
-def proxied(bed: Bed, directory: Path, test: Callable[[ProxyRig], Awaitable[None]]) -> list[str]:
+def proxied(
+    bed: Bed,
+    directory: Path,
+    test: Callable[[ProxyRig], Awaitable[None]],
+    limits: Limits | None = None,
+) -> list[str]:
     """Run `test(rig)` on a loop with a worker; the access log's lines."""
     del bed
     loop = Loop()
@@ -98,7 +104,8 @@ def proxied(bed: Bed, directory: Path, test: Callable[[ProxyRig], Awaitable[None
         authority = EmbeddedAuthority.open(directory, TRUST_DOMAIN)
         certificates = CertificateStore(authority)
         log = AccessLog("plain", lines.append)
-        worker = Worker(loop, MeshView(TRUST_DOMAIN), certificates, log, TRUST_DOMAIN)
+        view = MeshView(TRUST_DOMAIN)
+        worker = Worker(loop, view, certificates, log, TRUST_DOMAIN, limits=limits)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.run_deadlines)
             nursery.start_soon(certificates.run)
@@ -112,3 +119,9 @@ def proxied(bed: Bed, directory: Path, test: Callable[[ProxyRig], Awaitable[None
 
     loop.run(main)
     return lines
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the rig's own deadline bounds it."""
+    while not condition():  # noqa: ASYNC110 - the condition has no event of its own
+        await trio.sleep(0.005)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import trio
-
 from pyambient.hbone import ConnectRequest
 from pyambient.model.numbers import HBONE_PORT, MAX_STREAMS_OPENED
 from pyambient.proxy import pool as pool_module
 from tests.bed import apps
 
-from .rig import Asked, proxied
+from .rig import Asked, proxied, until
 
 
 class Sink:
@@ -46,11 +44,6 @@ async def asked(pool, key, count=1):
     for one in waiting:
         await one.told.wait()
     return waiting
-
-
-async def until(condition):
-    while not condition():  # noqa: ASYNC110 - the condition is the peer's doing, there is no event
-        await trio.sleep(0.005)
 
 
 def test_connections_that_come_at_once_share_one_tunnel(bed, tmp_path):

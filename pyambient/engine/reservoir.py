@@ -1,0 +1,40 @@
+"""Bytes that are kept for apps that do not read, counted and bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Reservoir:
+    """What the relays of one pod may keep together; a part of a larger one, which all pods share.
+
+    A stream's window bounds what one app can have kept for it. This bounds what many can.
+    """
+
+    __slots__ = ("held", "limit", "on_full", "whole")
+
+    def __init__(self, limit: int, whole: Reservoir | None = None) -> None:
+        """At most `limit` bytes, and no more than `whole` has left; `on_full` hears of refusals."""
+        self.limit = limit
+        self.whole = whole
+        self.on_full: Callable[[], None] | None = None
+        self.held = 0
+
+    def take(self, count: int) -> bool:
+        """Keep `count` bytes more; False, and nothing is taken, if that is too much."""
+        fits = self.held + count <= self.limit
+        if not fits or (self.whole is not None and not self.whole.take(count)):
+            if self.on_full is not None:
+                self.on_full()
+            return False
+        self.held += count
+        return True
+
+    def give(self, count: int) -> None:
+        """`count` of them are not kept any more."""
+        self.held -= count
+        if self.whole is not None:
+            self.whole.give(count)
+
+    def __repr__(self) -> str:
+        return f"<Reservoir holding {self.held} of {self.limit} bytes>"

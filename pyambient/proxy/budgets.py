@@ -1,0 +1,188 @@
+"""What one pod, and one peer, may take of a proxy process before others have to do without.
+
+General theory of operation
+---------------------------
+Pods share a process, so each has a budget: of descriptors, of handshakes under way, of bytes that
+are kept for apps that do not read. Peers have one, too: a handshake costs us half a millisecond
+and its sender a packet, so a source address may begin only so many of them. Sums over all pods and
+sources are bounded as well. (Shares of a loop's turn are the engine's: `engine/pacing.py`.)
+
+Whoever asks for more is refused at once, at the least cost, and counted in `refused` by the name of
+the budget. The log says so at most once in ten seconds for each pod and budget, with the number:
+a line for each refusal would be the next flood.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyambient.engine.reservoir import Reservoir
+from pyambient.observe.logs import get_logger
+
+_log = get_logger("budgets")
+_SAY_EVERY = 10.0
+# Descriptors that are no connection's: listeners, namespaces, tunnels, the loop's own.
+_OTHER_DESCRIPTORS = 512
+_SOURCES_MAX = 4096
+
+DESCRIPTORS = "descriptors"
+HANDSHAKES = "handshakes under way"
+HANDSHAKE_RATE = "handshakes of one source"
+BUFFERED = "buffered bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The numbers. A pod's are shares of the process's, so that the last quarter is for others."""
+
+    descriptors: int
+    handshakes: int = 512
+    pod_handshakes: int = 128
+    # A peer opens a tunnel for a hundred connections, and reopens them all when we restart.
+    source_burst: int = 100
+    source_rate: float = 20.0
+    total_burst: int = 1000
+    total_rate: float = 400.0
+    buffered: int = 512 << 20
+    pod_buffered: int = 128 << 20
+
+    @property
+    def pod_descriptors(self) -> int:
+        return self.descriptors * 3 // 4
+
+    @classmethod
+    def of_process(cls) -> Limits:
+        """As many descriptors as this process may open."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return cls(max(soft - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS))
+
+
+class Bucket:
+    """A token bucket: `burst` at once, then `rate` a second."""
+
+    __slots__ = ("_at", "_burst", "_left", "_rate")
+
+    def __init__(self, burst: int, rate: float, now: float) -> None:
+        self._burst, self._rate = float(burst), rate
+        self._left, self._at = float(burst), now
+
+    def take(self, now: float) -> bool:
+        """One token, if there is one."""
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Budgets:
+    """The process's; `pod` makes those of a pod."""
+
+    def __init__(
+        self, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = limits or Limits.of_process()
+        self.refused: Counter[str] = Counter()
+        self.descriptors = 0
+        self.handshakes = 0
+        self.buffered = Reservoir(self.limits.buffered)
+        self._clock = clock
+        self._all_sources = Bucket(self.limits.total_burst, self.limits.total_rate, clock())
+        self._sources: OrderedDict[str, Bucket] = OrderedDict()
+        self._said: dict[tuple[str, str], float] = {}
+        self._unsaid: Counter[tuple[str, str]] = Counter()
+
+    def pod(self, name: str) -> PodBudget:
+        return PodBudget(self, name)
+
+    def source_may(self, source: str) -> bool:
+        """Whether `source`, an address, may begin another handshake."""
+        now = self._clock()
+        bucket = self._sources.get(source)
+        if bucket is None:
+            bucket = Bucket(self.limits.source_burst, self.limits.source_rate, now)
+            self._sources[source] = bucket
+            if len(self._sources) > _SOURCES_MAX:
+                self._sources.popitem(last=False)
+        self._sources.move_to_end(source)
+        return bucket.take(now) and self._all_sources.take(now)
+
+    def refuse(self, pod: str, budget: str) -> None:
+        """Count a refusal, and say so if that has not been said lately."""
+        self.refused[budget] += 1
+        key, now = (pod, budget), self._clock()
+        self._unsaid[key] += 1
+        if now - self._said.get(key, -_SAY_EVERY) >= _SAY_EVERY:
+            self._said[key] = now
+            count = self._unsaid.pop(key)
+            _log.warning("budget used up, refusing", pod=pod, budget=budget, refused=count)
+
+    def forget(self, pod: str) -> None:
+        """The pod is gone."""
+        for key in [key for key in self._said if key[0] == pod]:
+            del self._said[key]
+            self._unsaid.pop(key, None)
+
+    def __repr__(self) -> str:
+        return f"<Budgets: {self.descriptors} of {self.limits.descriptors} descriptors>"
+
+
+class PodBudget:
+    """What one pod has taken, and whether it may take more."""
+
+    def __init__(self, whole: Budgets, name: str) -> None:
+        self.name = name
+        self.descriptors = 0
+        self.handshakes = 0
+        self.buffered = Reservoir(whole.limits.pod_buffered, whole.buffered)
+        self.buffered.on_full = lambda: whole.refuse(name, BUFFERED)
+        self._whole = whole
+
+    def may_take(self, descriptors: int) -> bool:
+        """Whether there are so many for another connection; if not, refuse it."""
+        limits, whole = self._whole.limits, self._whole
+        if (
+            self.descriptors + descriptors <= limits.pod_descriptors
+            and whole.descriptors + descriptors <= limits.descriptors
+        ):
+            return True
+        whole.refuse(self.name, DESCRIPTORS)
+        return False
+
+    def take(self, count: int) -> None:
+        """A connection has so many descriptors; `give` them back when it is over."""
+        self.descriptors += count
+        self._whole.descriptors += count
+
+    def give(self, count: int) -> None:
+        self.descriptors -= count
+        self._whole.descriptors -= count
+
+    def begin_handshake(self, source: str) -> str:
+        """Why a peer's handshake may not begin, or nothing; then `end_handshake` follows."""
+        limits, whole = self._whole.limits, self._whole
+        if self.handshakes >= limits.pod_handshakes or whole.handshakes >= limits.handshakes:
+            refused = HANDSHAKES
+        elif not whole.source_may(source):
+            refused = HANDSHAKE_RATE
+        else:
+            self.handshakes += 1
+            whole.handshakes += 1
+            return ""
+        whole.refuse(self.name, refused)
+        return refused
+
+    def end_handshake(self) -> None:
+        self.handshakes -= 1
+        self._whole.handshakes -= 1
+
+    def close(self) -> None:
+        self._whole.forget(self.name)
+
+    def __repr__(self) -> str:
+        return f"<PodBudget of {self.name}: {self.descriptors} descriptors, {self.buffered!r}>"
