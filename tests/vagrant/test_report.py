@@ -23,8 +23,11 @@ _TESTS = Outcome("iptables", "tests", 0, 10.0, passed=8)
 _DEMO = Outcome("iptables", "demo", 0, 5.0)
 
 
+_PLAN = [("iptables", "tests"), ("iptables", "demo")]
+
+
 def _examined(*outcomes: Outcome) -> Examined:
-    return Examined("nobpf", "6.1.1", _CHECK, outcomes)
+    return Examined("nobpf", "6.1.1", _CHECK, _PLAN, outcomes)
 
 
 def test_a_cell_works_when_all_its_steps_did() -> None:
@@ -48,6 +51,11 @@ def test_a_cell_fails_with_any_step(outcomes: tuple[Outcome, ...]) -> None:
     assert _examined(*outcomes).cell("iptables", expected=True).works is False
 
 
+def test_a_step_that_never_ran_is_told() -> None:
+    """The cell says what an examination that was cut short did not come to."""
+    assert _examined(_TESTS).cell("iptables", expected=True).text == "8/8 tests, demo DID NOT RUN"
+
+
 def test_what_is_not_there_has_to_say_so() -> None:
     """A backend the kernel is not meant to have is no failure if `check` names what it lacks."""
     assert _examined().cell("bpf", expected=False).works is None
@@ -67,12 +75,13 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     """What the guest wrote is what the host reads."""
     (tmp_path / "check.json").write_text(json.dumps(_CHECK))
     (tmp_path / "release").write_text("6.1.1")
+    (tmp_path / "plan.json").write_text(json.dumps(_PLAN))
     listing = [dataclasses.asdict(outcome) for outcome in (_TESTS, _DEMO)]
     (tmp_path / "steps.json").write_text(json.dumps(listing))
 
     read = Examined.read("nobpf", tmp_path)
 
-    assert (read.release, list(read.outcomes)) == ("6.1.1", [_TESTS, _DEMO])
+    assert (read.release, read.plan, read.outcomes) == ("6.1.1", _PLAN, [_TESTS, _DEMO])
     assert columns([read]) == ["bpf", "iptables", FALLBACK]
 
 
@@ -97,3 +106,16 @@ def test_the_fallback_is_examined_everywhere(*, has_bpf: bool, denied: bool) -> 
 
     assert last.backend == FALLBACK
     assert ("--without-bpf" in last.command) == denied
+
+
+def test_a_quick_examination_sees_two_demos() -> None:
+    """Every backend is tested, but the demo is what `auto` takes with bpf(2) and without."""
+    quick = steps(["bpf", "nftables", "iptables"], has_bpf=True, quick=True)
+
+    assert [(step.backend, step.what) for step in quick] == [
+        ("bpf", "tests"),
+        ("bpf", "demo"),
+        ("nftables", "tests"),
+        ("iptables", "tests"),
+        (FALLBACK, "demo"),
+    ]

@@ -32,6 +32,8 @@ class Examined:
     kernel: str
     release: str
     check: Mapping[str, Any]
+    plan: Sequence[tuple[str, str]]
+    """(backend, step) of all that was to be done."""
     outcomes: Sequence[Outcome]
 
     @classmethod
@@ -42,8 +44,10 @@ class Examined:
             path = folder / name
             return path.read_text() if path.exists() else ""
 
+        check = json.loads(text("check.json") or "{}")
+        plan = [(backend, what) for backend, what in json.loads(text("plan.json") or "[]")]
         outcomes = [Outcome(**item) for item in json.loads(text("steps.json") or "[]")]
-        return cls(kernel, text("release"), json.loads(text("check.json") or "{}"), outcomes)
+        return cls(kernel, text("release"), check, plan, outcomes)
 
     def cell(self, column: str, *, expected: bool) -> Cell:
         """The verdict: every step of the column ran, and ended well."""
@@ -53,8 +57,10 @@ class Examined:
             if not expected and why:
                 return Cell(None, "not there, and refused")
             return Cell(False, f"NOT USABLE: {why}" if why else "DID NOT RUN")
-        good = not any(outcome.code for outcome in mine) and len(mine) == _step_count(column)
-        return Cell(good, ", ".join(map(_told, mine)))
+        done = [outcome.what for outcome in mine]
+        left = [what for backend, what in self.plan if backend == column and what not in done]
+        told = [*map(_told, mine), *(f"{what} DID NOT RUN" for what in left)]
+        return Cell(not left and not any(outcome.code for outcome in mine), ", ".join(told))
 
     def _missing(self, backend: str) -> str:
         """The first needed feature that `check` did not find."""
@@ -62,10 +68,6 @@ class Examined:
             if item["group"] == backend and item["needed"] and not item["present"]:
                 return str(item["name"])
         return ""
-
-
-def _step_count(column: str) -> int:
-    return 1 if column == FALLBACK else 2
 
 
 def _told(outcome: Outcome) -> str:
