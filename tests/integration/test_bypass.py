@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -88,6 +89,15 @@ def test_socket_options_are_no_way_around(
     _assert_captured(pair, destination, trick)
 
 
+def _has_mptcp() -> bool:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
+    except OSError as error:
+        return error.errno != errno.EPROTONOSUPPORT
+    return True
+
+
+@pytest.mark.skipif(not _has_mptcp(), reason="this kernel has no MPTCP")
 def test_mptcp_is_no_way_around(pair: Pair, destination: SocketAddress) -> None:
     """A multipath socket is captured as a plain one is."""
     _assert_captured(pair, destination, _plainly, _IPPROTO_MPTCP)
