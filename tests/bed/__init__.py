@@ -16,7 +16,7 @@ from __future__ import annotations
 from .apps import Accepted, ClientOptions, Exchange
 from .capture import Capture, Packet, capturing
 from .cgroup import CgroupTree
-from .marking import marking
+from .features import IPPROTO_MPTCP, has_mptcp, marking
 from .mesh import Mesh
 from .network import Bed, BedPod, Network, Twin
 from .nullproxy import Interception, NullProxy
@@ -26,6 +26,7 @@ from .seccomp import forbid_bpf, nobpf
 from .snapshot import changes, kernel_state
 
 __all__ = [
+    "IPPROTO_MPTCP",
     "Accepted",
     "Bed",
     "BedPod",
@@ -46,6 +47,7 @@ __all__ = [
     "capturing",
     "changes",
     "forbid_bpf",
+    "has_mptcp",
     "kernel_state",
     "marking",
     "nobpf",

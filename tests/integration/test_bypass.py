@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -11,14 +10,13 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PROXY_MARK
-from tests.bed import capturing, marking
+from tests.bed import IPPROTO_MPTCP, capturing, has_mptcp, marking
 
 from .conftest import Pair
 
 _MARKER = b"plaintext that must not be on the wire"
 # linux/in.h, linux/in6.h and linux/socket.h; the socket module names none of them.
 _IP_UNICAST_IF, _IPV6_UNICAST_IF = 50, 76
-_IPPROTO_MPTCP = 262
 _MSG_FASTOPEN = 0x20000000
 _Trick = Callable[[socket.socket, SocketAddress], None]
 
@@ -89,18 +87,10 @@ def test_socket_options_are_no_way_around(
     _assert_captured(pair, destination, trick)
 
 
-def _has_mptcp() -> bool:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
-    except OSError as error:
-        return error.errno != errno.EPROTONOSUPPORT
-    return True
-
-
-@pytest.mark.skipif(not _has_mptcp(), reason="this kernel has no MPTCP")
+@pytest.mark.skipif(not has_mptcp(), reason="this kernel is built without CONFIG_MPTCP")
 def test_mptcp_is_no_way_around(pair: Pair, destination: SocketAddress) -> None:
     """A multipath socket is captured as a plain one is."""
-    _assert_captured(pair, destination, _plainly, _IPPROTO_MPTCP)
+    _assert_captured(pair, destination, _plainly, IPPROTO_MPTCP)
 
 
 @pytest.mark.parametrize("backend", ["bpf"], scope="module")

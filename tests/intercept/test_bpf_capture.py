@@ -12,13 +12,21 @@ import pytest
 from pyambient.intercept.interface import Stage
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import INBOUND_PORT, LOOPBACK_MARK, OUTBOUND_PORT
-from tests.bed import Bed, BedPod, Child, ClientOptions, Exchange, apps
+from tests.bed import (
+    IPPROTO_MPTCP,
+    Bed,
+    BedPod,
+    Child,
+    ClientOptions,
+    Exchange,
+    apps,
+    has_mptcp,
+)
 from tests.bed.nullproxy import Interception
 
 from .bpf_mesh import PORT, BpfMesh, at, serve
 
 pytestmark = pytest.mark.usefixtures("kernel")
-_MPTCP = 262
 
 
 @pytest.fixture
@@ -82,7 +90,7 @@ def test_outbound_with_a_bound_source(mesh: BpfMesh, family: str) -> None:
 
 
 def _mptcp_request(destination: SocketAddress) -> bytes:
-    with socket.socket(destination.family, socket.SOCK_STREAM, _MPTCP) as client:
+    with socket.socket(destination.family, socket.SOCK_STREAM, IPPROTO_MPTCP) as client:
         client.settimeout(10)
         client.connect(destination.sockaddr())
         client.sendall(b"multi")
@@ -90,15 +98,7 @@ def _mptcp_request(destination: SocketAddress) -> bytes:
         return client.recv(100)
 
 
-def _has_mptcp() -> bool:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _MPTCP).close()
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _has_mptcp(), reason="this kernel is built without CONFIG_MPTCP")
+@pytest.mark.skipif(not has_mptcp(), reason="this kernel is built without CONFIG_MPTCP")
 def test_outbound_of_multipath_tcp(mesh: BpfMesh, family: str) -> None:
     """A Multipath TCP socket (protocol 262) is captured like any other."""
     destination = at(_pod(mesh, "c"), family)

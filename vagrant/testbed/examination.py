@@ -26,8 +26,9 @@ _STEP_SECONDS = 3600
 _LINES_OF_A_FAILURE = 60
 _TESTS = ("tests/intercept", "tests/integration")
 _ELSEWHERE = (
-    # The compiler stays on the host, and so do the tests that compile programs for themselves.
+    # The compilers stay on the host, and so do the tests that compile programs for themselves.
     "tests/intercept/test_bpf_loader.py",
+    "tests/intercept/test_bcc_loader.py",
     # What the proxy does with a connection once it has it is the same on every kernel.
     "tests/integration/test_interop.py",
     "tests/integration/test_policy.py",
@@ -41,13 +42,19 @@ _SELECTION = {
 }
 # An emulated second is dear, and half a minute of them go into an enrolment, which a module shares:
 # what both families and every kind of traffic do in one, without a thousand connections and one
-# test per port. What BPF programs do against bypasses depends on the kernel most of all.
+# test per port. BPF programs depend on the kernel most of all: bypasses, DNS, exclusions as well.
 _QUICK_TESTS = {
-    "bpf": ("tests/integration/test_capture.py", "tests/integration/test_bypass.py"),
+    "bpf": (
+        "tests/integration/test_capture.py",
+        "tests/integration/test_bypass.py",
+        "tests/intercept/test_bpf_dns.py::test_two_resolvers_on_one_socket",
+        "tests/intercept/test_exclusions.py::test_a_port_is_excluded",
+    ),
     "nftables": ("tests/integration/test_capture.py",),
     "iptables": ("tests/integration/test_capture.py",),
 }
-_QUICK = "not thousand and not nobody_takes"
+# "Linux": the fixture that makes a later kernel look as 5.10 does.
+_QUICK = "not thousand and not nobody_takes and not Linux"
 
 
 @dataclass(frozen=True)
