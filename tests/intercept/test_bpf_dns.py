@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,9 +16,16 @@ from pyambient.intercept.interface import Stage
 from pyambient.intercept.loader import Constants
 from pyambient.intercept.netns_cookie import netns_cookie
 from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.original_dns import slot_key
 from pyambient.intercept.selection import Selection
-from pyambient.model.address import SocketAddress
-from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT, PROXY_MARK, RESOLVER_PORT
+from pyambient.model.address import SocketAddress, packed_ip
+from pyambient.model.numbers import (
+    DNS_PORT,
+    DNS_SLOT_COUNT,
+    OUTBOUND_PORT,
+    PROXY_MARK,
+    RESOLVER_PORT,
+)
 from tests.bed import (
     Bed,
     BedPod,
@@ -290,6 +298,26 @@ def _owners() -> set[int]:
 
 def _cookie(mesh: BpfMesh, pod: BedPod) -> int:
     return netns_cookie(pod.netns, mesh.site.cgroup)
+
+
+def test_a_pod_that_asks_very_many(mesh: BpfMesh, family: str) -> None:
+    """Slots in use are nobody else's, so the app is refused; one at rest is given away."""
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+
+    _occupy(_cookie(mesh, a), time.monotonic_ns())
+    assert a.run(ask, resolver_at(c, family), b"x") in (errno.ECONNREFUSED, errno.EPERM)
+
+    _occupy(_cookie(mesh, a), time.monotonic_ns() - 61 * 10**9)
+    assert a.run(ask, resolver_at(c, family), b"x").sender == resolver_at(c, family)
+    assert _originals(mesh) == [("a", DNS_PORT, resolver_at(c, family))]
+
+
+def _occupy(cookie: int, used: int) -> None:
+    """Give all slots of a pod to resolvers that it asked at this time."""
+    with node_map(BPFFS, "resolvers") as entries:
+        for number in range(DNS_SLOT_COUNT):
+            ip = packed_ip(f"192.0.{2 + number // 256}.{number % 256}")
+            entries.put(slot_key(cookie, number), struct.pack("=16sQII", ip, used, 0, 0))
 
 
 def test_tcp_has_its_own_listener(mesh: BpfMesh, family: str) -> None:
