@@ -15,7 +15,7 @@ PREPARED ?=
 BIN := $(or $(PREPARED),$(VENV))/bin
 SETUP := $(if $(PREPARED),,setup)
 
-# auto | bpf | nftables | iptables; NOBPF=1 makes bpf(2) fail, as on a kernel without it.
+# auto | bpf | tc | nftables | iptables; NOBPF=1 makes bpf(2) fail, as on a kernel without it.
 BACKEND ?= auto
 NOBPF ?=
 
@@ -34,7 +34,7 @@ help: ## this list
 	    awk -F'\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 .PHONY: demo
-demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|nftables|iptables, NOBPF=1)
+demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|tc|nftables|iptables, NOBPF=1)
 	$(BIN)/python -m examples.demo --backend $(BACKEND) $(if $(NOBPF),--without-bpf)
 
 .PHONY: test

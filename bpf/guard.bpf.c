@@ -185,7 +185,10 @@ static __always_inline int judge_other(struct __sk_buff *skb, struct bpf_sock *s
 	return REASON_RAW;
 }
 
-/* Forwarded packets have come in by a device, the kernel's own have not. */
+/*
+ * Forwarded packets have come in by a device, the kernel's own have not. Where
+ * a redirect is ahead of this program, it has taken those it is to take.
+ */
 static __always_inline int judge_without(struct __sk_buff *skb, const struct segment *seg)
 {
 	struct bpf_sock *sk = skb->sk, *listener = sk ? bpf_get_listener_sock(sk) : NULL;
@@ -196,9 +199,9 @@ static __always_inline int judge_without(struct __sk_buff *skb, const struct seg
 		return PASS;
 	if (sk && (is_to_excluded(seg) || is_to_probe(seg)))
 		return pass_opening(skb);
-	if (skb->ingress_ifindex || !is_kernels_answer(skb, seg))
-		return REASON_FORWARDED;
-	return PASS;
+	if (skb->ingress_ifindex)
+		return constant(is_redirected) ? PASS : REASON_FORWARDED;
+	return is_kernels_answer(skb, seg) ? PASS : REASON_FORWARDED;
 }
 
 /* Sockets that send no TCP, or all the TCP they like: nothing has to be read. */

@@ -89,6 +89,15 @@ static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const
 	return steer_to(ctx, INBOUND_PORT);
 }
 
+static __always_inline void set_ends(struct connection *syn, struct bpf_sk_lookup *ctx,
+				     const __u32 *local, const __u32 *remote)
+{
+	set_ipv6(syn->from, remote);
+	set_ipv6(syn->to, local);
+	syn->from_port = bpf_ntohs(ctx->remote_port);
+	syn->to_port = ctx->local_port;
+}
+
 /*
  * Before 5.17. What is the proxy's must have come by lo, and what was marked on
  * lo must be the proxy's. Where one holds without the other somebody forges, or
@@ -101,10 +110,7 @@ static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u3
 	struct connection syn = { .netns = constant(netns) };
 	int is_upstream, by_lo;
 
-	set_ipv6(syn.from, remote);
-	set_ipv6(syn.to, local);
-	syn.from_port = bpf_ntohs(ctx->remote_port);
-	syn.to_port = ctx->local_port;
+	set_ends(&syn, ctx, local, remote);
 	is_upstream = map_lookup(upstreams, &syn) != NULL;
 	by_lo = is_noted(&syn);
 	if (is_upstream != by_lo)
@@ -133,17 +139,34 @@ static __always_inline __u32 outbound_port(struct bpf_sk_lookup *ctx)
 	return OUTBOUND_PORT;
 }
 
+/* Neither end is the pod's: whether its devices sent it to lo. Nobody else's comes by lo. */
+static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const __u32 *local,
+					const __u32 *remote)
+{
+	struct connection syn = { .netns = constant(netns) };
+
+	if (!constant(is_redirected))
+		return 0;
+	if (constant(has_ingress_ifindex))
+		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+	set_ends(&syn, ctx, local, remote);
+	return is_noted(&syn);
+}
+
 /*
  * To an address that is not this pod's: the rule for marked packets brought it
  * here. Neither end known means an address that is not recorded yet, so that
- * nobody can say which way it goes: refused, as by a closed port.
+ * nobody can say which way it goes: refused, as by a closed port. With backend
+ * `tc` it may be a connection that the pod forwards.
  */
 static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct address *local,
-				    int from_pod)
+				    const struct address *remote, int from_pod)
 {
 	if (is_loopback(local->ip))
 		return SK_PASS;
-	return from_pod ? steer_to(ctx, outbound_port(ctx)) : SK_DROP;
+	if (from_pod || is_forwarded(ctx, local->ip, remote->ip))
+		return steer_to(ctx, outbound_port(ctx));
+	return SK_DROP;
 }
 
 /*
@@ -173,7 +196,7 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 	to_pod = map_lookup(addresses, &local) != NULL;
 	from_pod = map_lookup(addresses, &remote) != NULL;
 	if (!to_pod)
-		return outbound(ctx, &local, from_pod);
+		return outbound(ctx, &local, &remote, from_pod);
 	if (from_pod || is_loopback(remote.ip))
 		return SK_PASS;
 	return inbound(ctx, &local, &remote);

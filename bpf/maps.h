@@ -21,6 +21,8 @@
 #define MARK_MASK	0xfff
 #define LOOPBACK_MARK	0x111
 
+#define LOOPBACK_IFINDEX	1	/* in every network namespace */
+
 /* What a cgroup hook returns: the call goes on, or fails with an errno. */
 #define ALLOW		1
 #define DENY		0
@@ -79,6 +81,12 @@ struct resolver {
 
 /* The gate: connect and bind hooks leave every namespace alone that is not in here. */
 #define DEFINE_PODS DEFINE_HASH(pods, __u64, struct pod, 4096)
+
+/* The gate of backend `tc`: namespaces whose devices turn new connections to the proxy. */
+#define DEFINE_REDIRECTED DEFINE_HASH(redirected, __u64, struct pod, 4096)
+
+/* Connections without a socket in the pod (it forwards them) that were given to the proxy. */
+#define DEFINE_FORWARDED DEFINE_LRU_HASH(forwarded, struct connection, __u8, 65536)
 
 /* The addresses of each pod. */
 #define DEFINE_ADDRESSES DEFINE_HASH(addresses, struct address, __u8, 16384)

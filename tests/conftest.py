@@ -60,7 +60,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["bpf", "nftables", "iptables"])
+@pytest.fixture(scope="module", params=["bpf", "tc", "nftables", "iptables"])
 def backend(request: pytest.FixtureRequest) -> str:
     """The interception backend under test."""
     return str(request.param)

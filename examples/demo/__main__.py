@@ -32,7 +32,7 @@ _WALLS = (
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument(
-        "--backend", choices=("auto", "bpf", "nftables", "iptables"), default="auto"
+        "--backend", choices=("auto", "bpf", "tc", "nftables", "iptables"), default="auto"
     )
     parser.add_argument(
         "--without-bpf", action="store_true", help="make bpf(2) fail, as on a kernel without it"

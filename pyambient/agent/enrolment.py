@@ -137,7 +137,7 @@ class Enrolments:
     def _check_proxy(self, pid: int, backend: str) -> None:
         """The BPF programs know the proxy's sockets by the cgroup they were made in."""
         cgroup = self._settings.site.proxy_cgroup
-        if backend == "bpf" and cgroup is not None and pid not in _members(cgroup):
+        if backend in ("bpf", "tc") and cgroup is not None and pid not in _members(cgroup):
             raise PyambientError(
                 f"the proxy (pid {pid}) is not in its cgroup {cgroup}",
                 "start it with 'pyambient proxy' and the same --cgroup as the agent",

@@ -64,7 +64,7 @@ def command(ctx: click.Context, /, *, cgroup: Path | None, output: str) -> None:
     findings = [*_machine(), *_bpf(existing_cgroup(cgroup)), *_netfilter()]
     backends = {
         group: all(f.present for f in findings if f.group in ("machine", group) and f.needed)
-        for group in ("bpf", "nftables", "iptables")
+        for group in ("bpf", "tc", "nftables", "iptables")
     }
     if output == "json":
         items = [dataclasses.asdict(finding) for finding in findings]
@@ -111,17 +111,18 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
     from pyambient.intercept.mounts import ensure_bpffs  # noqa: PLC0415 - not for --help
     from pyambient.intercept.probe import probe  # noqa: PLC0415 - not for --help
 
-    for feature in probe(cgroup):
-        yield Finding(
-            "bpf",
-            feature.name,
-            feature.present,
-            feature.needed,
-            feature.minimum_kernel,
-            feature.error,
-            f"instead: {feature.instead}",
-        )
-    yield _attempt("bpf", "bpffs", lambda: ensure_bpffs(AgentSettings().bpffs))
+    for backend in ("bpf", "tc"):
+        for feature in probe(cgroup, backend):
+            yield Finding(
+                backend,
+                feature.name,
+                feature.present,
+                feature.needed,
+                feature.minimum_kernel,
+                feature.error,
+                f"instead: {feature.instead}",
+            )
+        yield _attempt(backend, "bpffs", lambda: ensure_bpffs(AgentSettings().bpffs))
     bcc = _attempt("bpf", "bcc and kernel headers, for --bpf-loader bcc", _compile_by_bcc)
     yield dataclasses.replace(bcc, needed=False)
 

@@ -39,7 +39,7 @@ from .options import (
 @click.option("--name", help="The workload's name.  [default: the name of the netns]")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "bpf", "nftables", "iptables"]),
+    type=click.Choice(["auto", "bpf", "tc", "nftables", "iptables"]),
     default="auto",
     show_default=True,
     help="How its traffic is captured.",

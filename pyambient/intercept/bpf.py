@@ -48,8 +48,8 @@ from .options import DEFAULTS, CaptureOptions
 from .selection_map import selection_entries
 from .sysctl import ReservedPorts, Sysctl
 
-_FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
-_FOR_ANSWERS_IPV6 = ("net.ipv6.fwmark_reflect",)
+FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
+FOR_ANSWERS_IPV6 = ("net.ipv6.fwmark_reflect",)
 
 
 class Bpf:
@@ -84,7 +84,7 @@ class Bpf:
         own = dict.fromkeys(address.ip for address in network.addresses + network.tentative)
         routing = delivery(network, connects=True)
         routes = [step for step in routing if isinstance(step, Route)]
-        sysctls = _FOR_ANSWERS + (_FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
+        sysctls = FOR_ANSWERS + (FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
         steps: tuple[Step, ...] = (
             NodeStep(
                 *(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),

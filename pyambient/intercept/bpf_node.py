@@ -45,6 +45,8 @@ MAPS: Final = (
     *("dns_pods", RESOLVERS_MAP),
     *("probe_sockets", "probes"),
 )
+REDIRECT_MAPS: Final = ("redirected", "forwarded")
+_ALL_MAPS: Final = MAPS + REDIRECT_MAPS
 PROGRAM_PREFIX: Final = "pyamb_"
 
 
@@ -66,14 +68,26 @@ class Hook:
     place: Place = Place.APPS
 
     @property
-    def pin(self) -> str:
+    def name(self) -> str:
         return self.program.removeprefix(PROGRAM_PREFIX)
 
+    @property
+    def pin(self) -> str:
+        return f"proxy_{self.name}" if self.place is Place.PROXY else self.name
 
-# The proxy must be known before connects are judged.
-HOOKS: Final = (
+
+_PROXY_SOCKETS: Final = (
     Hook("proxy_socket", "pyamb_sock", AttachType.SOCK_CREATE, Place.PROXY),
     Hook("proxy_socket", "pyamb_sockops", AttachType.SOCK_OPS, Place.PROXY),
+)
+_PROBES: Final = (
+    Hook("probe", "pyamb_probe4", AttachType.CONNECT4, Place.PROBES),
+    Hook("probe", "pyamb_probe6", AttachType.CONNECT6, Place.PROBES),
+    Hook("probe", "pyamb_probing", AttachType.SOCK_OPS, Place.PROBES),
+)
+# The proxy must be known before connects are judged.
+HOOKS: Final = (
+    *_PROXY_SOCKETS,
     Hook("bind", "pyamb_bind4", AttachType.BIND4),
     Hook("bind", "pyamb_bind6", AttachType.BIND6),
     Hook("connect", "pyamb_connect4", AttachType.CONNECT4),
@@ -86,18 +100,50 @@ HOOKS: Final = (
     Hook("dns", "pyamb_dns_recv6", AttachType.UDP6_RECVMSG),
     Hook("dns", "pyamb_dns_peer4", AttachType.GETPEERNAME4),
     Hook("dns", "pyamb_dns_peer6", AttachType.GETPEERNAME6),
-    Hook("probe", "pyamb_probe4", AttachType.CONNECT4, Place.PROBES),
-    Hook("probe", "pyamb_probe6", AttachType.CONNECT6, Place.PROBES),
-    Hook("probe", "pyamb_probing", AttachType.SOCK_OPS, Place.PROBES),
+    *_PROBES,
+)
+# Where no hook sees the apps: the proxy's own connects alone.
+PROXY_HOOKS: Final = (
+    *_PROXY_SOCKETS,
+    Hook("connect", "pyamb_connect4", AttachType.CONNECT4, Place.PROXY),
+    Hook("connect", "pyamb_connect6", AttachType.CONNECT6, Place.PROXY),
+    *_PROBES,
+)
+_ALL_HOOKS: Final = tuple(dict.fromkeys((*HOOKS, *PROXY_HOOKS)))
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSet:
+    """What one backend needs of the node.
+
+    `sources` are programs that each pod loads for itself, and whose maps all pods share.
+    """
+
+    hooks: tuple[Hook, ...]
+    maps: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+
+
+BPF: Final = ProgramSet(HOOKS, MAPS)
+_NOT_OF_TC: Final = frozenset((RESOLVERS_MAP,))
+TC: Final = ProgramSet(
+    PROXY_HOOKS, tuple(name for name in _ALL_MAPS if name not in _NOT_OF_TC), ("redirect",)
 )
 
 
 class NodePrograms:
     """The shared programs of one bpffs directory and one cgroup."""
 
-    def __init__(self, bpffs: Path, cgroup: Path, probe_cgroup: Path | None = None) -> None:
+    def __init__(
+        self,
+        bpffs: Path,
+        cgroup: Path,
+        probe_cgroup: Path | None = None,
+        needed: ProgramSet = BPF,
+    ) -> None:
         self.bpffs = bpffs
         self.cgroup = cgroup
+        self.needed = needed
         self.proxy_cgroup = cgroup / "pyambient-proxy"
         self.cgroups = {
             Place.APPS: cgroup,
@@ -137,10 +183,11 @@ class NodePrograms:
         """What is not as `claim` left it, or None."""
         if not pod_directory(self.bpffs, uid).is_dir():
             return "the pod's directory is gone from bpffs"
-        absent = [name for name in MAPS if not (self.directory / name).exists()]
+        needed = self.needed
+        absent = [name for name in needed.maps if not (self.directory / name).exists()]
         pinned = _pinned_identifiers(self.directory)
         try:
-            for hook in HOOKS:
+            for hook in needed.hooks:
                 attached = self._is_attached(self.directory, hook)
                 if not attached or not _uses(self.directory, hook, pinned):
                     absent.append(hook.pin)
@@ -159,29 +206,35 @@ class NodePrograms:
 
     def _complete(self, constants: Constants, *, repair: bool) -> None:
         directory = self.directory if self.directory.exists() else self._building
-        if repair or any(not (directory / name).exists() for name in MAPS):
+        lost = [name for name in self.needed.maps if not (directory / name).exists()]
+        if repair or lost:
             _pin_used_maps(directory)
-        absent = [hook for hook in HOOKS if not self._is_attached(directory, hook)]
+            lost = [name for name in lost if not (directory / name).exists()]
+        hooks = self.needed.hooks
+        absent = [hook for hook in hooks if not self._is_attached(directory, hook)]
         if repair:
             pinned = _pinned_identifiers(directory)
-            absent = [h for h in HOOKS if h in absent or not _uses(directory, h, pinned)]
+            absent = [h for h in hooks if h in absent or not _uses(directory, h, pinned)]
         if absent:
             self._refuse_foreign_hooks()
             self.proxy_cgroup.mkdir(exist_ok=True)
-            directory.mkdir(exist_ok=True)
-            self._attach(directory, absent, constants)
+        directory.mkdir(exist_ok=True)
+        if absent or lost:
+            self._load(directory, absent, self.needed.sources if lost else (), constants)
         if directory != self.directory:
             directory.rename(self.directory)
 
-    def _attach(self, directory: Path, hooks: list[Hook], constants: Constants) -> None:
+    def _load(
+        self, directory: Path, hooks: list[Hook], others: tuple[str, ...], constants: Constants
+    ) -> None:
+        """Attach these hooks, and make the maps of theirs and of `others` that are not there."""
         with contextlib.ExitStack() as stack:
             maps = {m.name: stack.enter_context(m) for m in _pinned_maps(directory)}
             objects: dict[str, LoadedObject] = {}
+            for source in dict.fromkeys((*(hook.source for hook in hooks), *others)):
+                objects[source] = stack.enter_context(load(source, constants, maps))
+                maps |= _pin_new(objects[source], maps, directory, stack)
             for hook in hooks:
-                if hook.source not in objects:
-                    loaded = stack.enter_context(load(hook.source, constants, maps))
-                    objects[hook.source] = loaded
-                    maps |= _pin_new(loaded, maps, directory, stack)
                 self._link(directory, hook, objects[hook.source].program_fd(hook.program))
 
     def _link(self, directory: Path, hook: Hook, program: int) -> None:
@@ -242,7 +295,7 @@ class NodePrograms:
 
     def _remove_pins(self) -> None:
         for directory in (self._building, self.directory):
-            for hook in HOOKS:
+            for hook in _ALL_HOOKS:
                 detach_pinned(directory / hook.pin)
         for directory in (self._building, self.directory, self.bpffs / "pods", self.bpffs):
             _remove(directory)
@@ -304,7 +357,7 @@ def _lock(fd: int) -> None:
 
 
 def _pinned_maps(directory: Path) -> Iterator[Map]:
-    for name in MAPS:
+    for name in _ALL_MAPS:
         pinned = Map.open_pinned(directory / name)
         if pinned is not None:
             yield pinned
@@ -329,7 +382,7 @@ def _uses(directory: Path, hook: Hook, pinned: dict[str, int]) -> bool:
     """Whether a hook's program works with the maps that are pinned, not with others."""
     for identifier in _maps_of(directory, hook):
         with Map.open_by_identifier(identifier) as held:
-            if held.name in MAPS and pinned.get(held.name) != identifier:
+            if held.name in _ALL_MAPS and pinned.get(held.name) != identifier:
                 return False
     return True
 
@@ -340,10 +393,10 @@ def _pin_used_maps(directory: Path) -> None:
     A map made anew would not know the listeners that the proxy has already.
     """
     done: set[str] = set()
-    for hook in HOOKS:
+    for hook in _ALL_HOOKS:
         for identifier in _maps_of(directory, hook):
             with Map.open_by_identifier(identifier) as held:
-                if held.name in MAPS and held.name not in done:
+                if held.name in _ALL_MAPS and held.name not in done:
                     done.add(held.name)
                     _pin_instead(held, directory / held.name)
 

@@ -22,9 +22,10 @@ from pyambient.model.numbers import DNS_SLOT_COUNT
 
 from . import lo_filter
 from .bpf_node import (
-    HOOKS,
+    BPF,
     NodePrograms,
     Place,
+    ProgramSet,
     detach_pinned,
     existing_map,
     node_map,
@@ -55,6 +56,7 @@ class NodeStep:
     kind: ClassVar[str] = "bpf-node"
     stage: ClassVar[Stage] = Stage.PREPARE
     of_node: ClassVar[bool] = True
+    needed: ClassVar[ProgramSet] = BPF
 
     bpffs: str
     cgroup: str
@@ -64,7 +66,8 @@ class NodeStep:
     node: int
 
     def describe(self) -> str:
-        placed = (f"{_pins(place)} to {self._node.cgroups[place]}" for place in Place)
+        names = {p: [h.name for h in self.needed.hooks if h.place is p] for p in Place}
+        placed = (f"{' '.join(n)} to {self._node.cgroups[p]}" for p, n in names.items() if n)
         return f"bpf attach {', '.join(placed)}, pinned in {self._node.directory}"
 
     def apply(self, pod: Pod) -> Self:
@@ -80,15 +83,12 @@ class NodeStep:
 
     @property
     def _node(self) -> NodePrograms:
-        return NodePrograms(Path(self.bpffs), Path(self.cgroup), Path(self.probe_cgroup))
-
-
-def _pins(place: Place) -> str:
-    return " ".join(hook.pin for hook in HOOKS if hook.place is place)
+        cgroups = (Path(self.cgroup), Path(self.probe_cgroup))
+        return NodePrograms(Path(self.bpffs), *cgroups, self.needed)
 
 
 @dataclass(frozen=True, slots=True)
-class _MapEntry(ABC):
+class MapEntry(ABC):
     """An entry of a map of the node, keyed by the cookie of the pod's network namespace."""
 
     bpffs: str
@@ -125,7 +125,7 @@ class _MapEntry(ABC):
 
 @step
 @dataclass(frozen=True, slots=True)
-class OwnAddress(_MapEntry):
+class OwnAddress(MapEntry):
     """An address of the pod: what tells its inbound, outbound and inner connections apart."""
 
     kind: ClassVar[str] = "bpf-address"
@@ -146,7 +146,7 @@ class OwnAddress(_MapEntry):
 
 @step
 @dataclass(frozen=True, slots=True)
-class CapturedDevice(_MapEntry):
+class CapturedDevice(MapEntry):
     """A device that has its route for captured sockets; a socket bound to another is refused.
 
     No routing rule could do that: where a device-bound lookup fails, IPv4 takes the destination
@@ -171,12 +171,12 @@ class CapturedDevice(_MapEntry):
         current = self._current_index(pod)
         if self.index != current:
             self.undo(pod)
-        return _MapEntry.apply(dataclasses.replace(self, index=current), pod)
+        return MapEntry.apply(dataclasses.replace(self, index=current), pod)
 
     def missing(self, pod: Pod) -> str | None:
         if self._current_index(pod) != self.index:
             return f"{self.device} is another device now"
-        return _MapEntry.missing(self, pod)
+        return MapEntry.missing(self, pod)
 
     def _current_index(self, pod: Pod) -> int:
         with pod.netns.entered():
@@ -192,7 +192,7 @@ class CapturedDevice(_MapEntry):
 
 @step
 @dataclass(frozen=True, slots=True)
-class DnsGate(_MapEntry):
+class DnsGate(MapEntry):
     """From here on the pod's DNS is captured, too."""
 
     kind: ClassVar[str] = "bpf-dns-gate"
@@ -243,7 +243,7 @@ class DnsSlots:
 
 @step
 @dataclass(frozen=True, slots=True)
-class Gate(_MapEntry):
+class Gate(MapEntry):
     """From here on the pod's connects are captured and the proxy's ports are the proxy's."""
 
     kind: ClassVar[str] = "bpf-gate"
@@ -334,6 +334,7 @@ class SkLookup:
     bpffs: str
     cookie: int
     has_ingress_ifindex: bool
+    is_redirected: bool = False
 
     def describe(self) -> str:
         return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
@@ -343,7 +344,11 @@ class SkLookup:
         if self.missing(pod) is None:
             return self
         pin.unlink(missing_ok=True)
-        constants = Constants(self.cookie, has_ingress_ifindex=self.has_ingress_ifindex)
+        constants = Constants(
+            self.cookie,
+            has_ingress_ifindex=self.has_ingress_ifindex,
+            is_redirected=self.is_redirected,
+        )
         with (
             self._existing_maps(pod) as shared,
             load("lookup", constants, shared) as loaded,

@@ -7,36 +7,50 @@ from collections.abc import Callable
 from typing import Final
 
 from pyambient.errors import PyambientError, UsageError
+from pyambient.netns import Netns
 
 from . import probe, scratch
 from .bpf import Bpf
 from .interface import Interceptor, Site
 from .iptables import Iptables
 from .nftables import Nftables
+from .preflight import check_cgroup
+from .tc import Tc
 
 
-def choose(name: str, site: Site) -> Interceptor:
+def choose(name: str, site: Site, netns: Netns | None = None) -> Interceptor:
     """The backend called `name`; "auto" takes the first of them that works on this node.
 
-    PyambientError if the one that was asked for does not. `iptables` is the last resort, and not
-    tried.
+    For the pod of `netns` it takes `bpf` only if its hooks see all processes there. PyambientError
+    if the backend that was asked for does not work. `iptables` is the last resort, and not tried.
     """
     if name not in BACKENDS:
         raise UsageError(f"there is no backend {name!r}", f"choose one of {', '.join(BACKENDS)}")
     if name in _TRIED:
         return _TRIED[name](site)
     if name == "auto":
-        for make in _TRIED.values():
+        for backend, make in _TRIED.items():
             with contextlib.suppress(PyambientError):
+                if netns is not None and backend == "bpf":
+                    check_cgroup(netns, site)
                 return make(site)
     return Iptables()
 
 
 def _bpf(site: Site) -> Interceptor:
-    lack = probe.lacking(site.cgroup)
+    _require("bpf", site)
+    return Bpf(site, probe.constants(site.cgroup))
+
+
+def _tc(site: Site) -> Interceptor:
+    _require("tc", site)
+    return Tc(site, probe.constants(site.cgroup))
+
+
+def _require(backend: str, site: Site) -> None:
+    lack = probe.lacking(site.cgroup, backend)
     if lack is not None:
         raise lack.refusal()
-    return Bpf(site, probe.constants(site.cgroup))
 
 
 def _nftables(_: Site) -> Interceptor:
@@ -47,5 +61,9 @@ def _nftables(_: Site) -> Interceptor:
 
 
 # In the order of preference.
-_TRIED: Final[dict[str, Callable[[Site], Interceptor]]] = {"bpf": _bpf, "nftables": _nftables}
+_TRIED: Final[dict[str, Callable[[Site], Interceptor]]] = {
+    "bpf": _bpf,
+    "tc": _tc,
+    "nftables": _nftables,
+}
 BACKENDS: Final = ("auto", *_TRIED, "iptables")

@@ -16,25 +16,19 @@ what does not bear this one's sign.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
-import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
 from .bpf_node import existing_map
-from .device_program import DeviceProgram, Direction, Place
+from .device_program import DevicePlace, DeviceProgram, Direction
 from .guard_maps import COUNTS, EXISTING, LAST, LET_IN, keep_new, note_existing, opened
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
 
 _NODE_MAPS: Final = ("proxy_sockets", "captured_socks", "selections", "probes")
-_SIOCGIFHWADDR: Final = 0x8927
-_ARPHRD_ETHER: Final = 1
 
 
 @step
@@ -42,16 +36,18 @@ _ARPHRD_ETHER: Final = 1
 class EgressGuard(DeviceProgram):
     """The guard on one device. What is redirected by a program ahead of it never comes here.
 
-    With `counts_only` it drops nothing; `signs` is for the guard on the node.
+    With `counts_only` it drops nothing; `signs` is for the guard on the node. `behind_redirect`,
+    what the pod forwards has been judged there.
     """
 
     kind: ClassVar[str] = "bpf-guard"
     stage: ClassVar[Stage] = Stage.GATE
-    place: ClassVar[Place] = Place("pyamb_guard", Direction.EGRESS, rank=2)
+    place: ClassVar[DevicePlace] = DevicePlace("pyamb_guard", Direction.EGRESS, rank=2)
 
     cookie: int
     counts_only: bool = False
     signs: bool = False
+    behind_redirect: bool = False
 
     @contextlib.contextmanager
     def load(self, pod: Pod) -> Iterator[LoadedObject]:
@@ -59,9 +55,10 @@ class EgressGuard(DeviceProgram):
         note_existing(pod, bpffs, look=not self.index)
         constants = Constants(
             netns=self.cookie,
-            is_ethernet=_is_ethernet(pod, self.device),
+            is_ethernet=self.is_ethernet(pod),
             counts_only=self.counts_only,
             sign=sign_of(pod) if self.signs else 0,
+            is_redirected=self.behind_redirect,
         )
         with contextlib.ExitStack() as stack:
             shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}
@@ -78,12 +75,3 @@ def sign_of(pod: Pod) -> int:
     """
     digest = hashlib.blake2s(pod.uid.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") | 1
-
-
-def _is_ethernet(pod: Pod, device: str) -> bool:
-    """Asked by netdevice(7): decoding all that netlink tells of a device takes a millisecond."""
-    request = struct.pack("16s16x", os.fsencode(device))
-    with pod.netns.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        answer = fcntl.ioctl(any_socket, _SIOCGIFHWADDR, request)
-    (kind,) = struct.unpack_from("=H", answer, 16)
-    return bool(kind == _ARPHRD_ETHER)

@@ -11,14 +11,19 @@ from .options import CaptureOptions
 
 
 def guards(
-    bpffs: str, cookie: int, network: PodNetwork, options: CaptureOptions
+    bpffs: str,
+    cookie: int,
+    network: PodNetwork,
+    options: CaptureOptions,
+    *,
+    behind_redirect: bool = False,
 ) -> tuple[Step, ...]:
     """The last steps of a plan: on each device, and behind each one on the node if wanted."""
     if options.guard == "off":
         return ()
     counts_only = options.guard == "count"
     inside = [
-        EgressGuard(bpffs, device, cookie, counts_only, options.guard_node)
+        EgressGuard(bpffs, device, cookie, counts_only, options.guard_node, behind_redirect)
         for device in network.devices
     ]
     outside = [NodeGuard(bpffs, device, counts_only) for device in network.devices]

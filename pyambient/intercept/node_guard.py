@@ -19,7 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
-from .device_program import DeviceProgram, Direction, Place
+from .device_program import DevicePlace, DeviceProgram, Direction
 from .egress_guard import sign_of
 from .guard_maps import COUNTS, LAST, keep_new, opened
 from .interface import Pod, Stage, step
@@ -40,7 +40,7 @@ class NodeGuard(DeviceProgram):
 
     kind: ClassVar[str] = "bpf-guard-node"
     stage: ClassVar[Stage] = Stage.GATE
-    place: ClassVar[Place] = Place("pyamb_guard_node", Direction.INGRESS, rank=1)
+    place: ClassVar[DevicePlace] = DevicePlace("pyamb_guard_node", Direction.INGRESS, rank=1)
 
     counts_only: bool = False
 

@@ -55,7 +55,7 @@ def preflight(pod: Pod, site: Site, backend: str) -> None:
     _check_not_the_host(pod.netns)
     _check_loopback(pod.netns)
     if backend == "bpf":
-        _check_cgroup(pod.netns, site)
+        check_cgroup(pod.netns, site)
     _check_ports(pod.netns)
     _check_chains(pod.netns, backend)
     _check_routing(pod.netns)
@@ -93,8 +93,11 @@ def _check_loopback(netns: Netns) -> None:
         )
 
 
-def _check_cgroup(netns: Netns, site: Site) -> None:
-    """The hooks see the sockets of a cgroup2 sub-tree; all apps of the pod must be in it."""
+def check_cgroup(netns: Netns, site: Site) -> None:
+    """PyambientError unless `bpf` can serve this pod.
+
+    The hooks see the sockets of a cgroup2 sub-tree; all apps of the pod must be in it.
+    """
     if site.cgroup is None:
         raise PyambientError(
             "cgroup2 is not mounted",
@@ -113,7 +116,7 @@ def _check_cgroup(netns: Netns, site: Site) -> None:
     if outside:
         raise PyambientError(
             f"processes of {netns.name} are outside --cgroup {site.cgroup}: {_named(outside)}",
-            "give a --cgroup that holds them too, or move them with 'echo PID > .../cgroup.procs'",
+            "give a --cgroup that holds them too, or use --backend tc",
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,8 @@ from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.netns import Netns
 
 from . import libbpf, lo_filter
-from .bpf_node import HOOKS, Place
+from .bpf_node import HOOKS, PROXY_HOOKS, Hook, Place
+from .device_program import DevicePlace, Direction, add_filter
 from .kernel_objects import AttachType, Link
 from .loader import BpfObject, Constants, ProgramRefused, load_compiled
 from .netns_cookie import ask_by_connect, netns_cookie
@@ -31,7 +32,7 @@ _ANOTHER_BACKEND: Final = "--backend nftables or iptables"
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One thing that the backend `bpf` uses.
+    """One thing that the backends `bpf` and `tc` use, or one of them.
 
     `minimum_kernel` is the first release that has it ("" for what is no matter of the kernel),
     `instead` what is done without it, `error` why it is not present. Without a `needed` feature
@@ -87,19 +88,19 @@ def _failure(run: Callable[[Path | None], None], cgroup: Path | None) -> str:
 
 
 @functools.cache
-def probe(cgroup: Path | None) -> tuple[Feature, ...]:
-    """Every feature of the backend `bpf`, tried once per process below `cgroup`."""
-    return tuple(attempt.feature(cgroup) for attempt in _ATTEMPTS)
+def probe(cgroup: Path | None, backend: str) -> tuple[Feature, ...]:
+    """Every feature of the backend `bpf` or `tc`, tried once per process below `cgroup`."""
+    return tuple(attempt.feature(cgroup) for attempt in _ATTEMPTS[backend])
 
 
-def lacking(cgroup: Path | None) -> Feature | None:
-    """The first needed feature that is not there; None if the backend `bpf` works here."""
-    return next((f for f in probe(cgroup) if f.needed and not f.present), None)
+def lacking(cgroup: Path | None, backend: str = "bpf") -> Feature | None:
+    """The first needed feature that is not there; None if the backend works here."""
+    return next((f for f in probe(cgroup, backend) if f.needed and not f.present), None)
 
 
 def constants(cgroup: Path | None) -> Constants:
     """What the programs are told of this kernel."""
-    present = {feature.name for feature in probe(cgroup) if feature.present}
+    present = {feature.name for feature in probe(cgroup, "bpf") if feature.present}
     return Constants(
         node=node_cookie(cgroup),
         has_ingress_ifindex=_INGRESS_IFINDEX in present,
@@ -125,6 +126,7 @@ def _installation(_: Path | None) -> None:
         "note",
         "guard",
         "guard_node",
+        "redirect",
         "cookie",
         *(hook.source for hook in HOOKS),
     ):
@@ -150,26 +152,41 @@ def _magic_connect(cgroup: Path | None) -> None:
         ask_by_connect(own, cgroup)
 
 
-def _hooks(cgroup: Path | None, sources: frozenset[str]) -> None:
+def _link_hooks(cgroup: Path | None, hooks: Iterable[Hook]) -> None:
     with scratch_cgroup(cgroup) as scratch, contextlib.ExitStack() as stack:
-        for source in sources:
-            loaded = stack.enter_context(_load(source))
-            for hook in HOOKS:
-                if hook.source == source:
-                    program = loaded.program_fd(hook.program)
-                    scratch.link(program, hook.attach_type).close()
+        objects: dict[str, BpfObject] = {}
+        for hook in hooks:
+            if hook.source not in objects:
+                objects[hook.source] = stack.enter_context(_load(hook.source))
+            program = objects[hook.source].program_fd(hook.program)
+            scratch.link(program, hook.attach_type).close()
 
 
 def _app_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(("bind", "connect", "probe")))
+    _link_hooks(cgroup, (h for h in HOOKS if h.source in ("bind", "connect", "probe")))
 
 
 def _dns_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(("dns",)))
+    _link_hooks(cgroup, (hook for hook in HOOKS if hook.source == "dns"))
 
 
 def _proxy_hooks(cgroup: Path | None) -> None:
-    _hooks(cgroup, frozenset(hook.source for hook in HOOKS if hook.place is Place.PROXY))
+    _link_hooks(cgroup, (hook for hook in HOOKS if hook.place is Place.PROXY))
+
+
+def _proxy_connects(cgroup: Path | None) -> None:
+    _link_hooks(cgroup, (hook for hook in PROXY_HOOKS if hook.source in ("connect", "probe")))
+
+
+def _tcx(_: Path | None) -> None:
+    with Netns.empty() as scratch, _load("redirect") as loaded, scratch.entered():
+        program = loaded.program_fd(_REDIRECT.program)
+        Link.create(program, _LO_INDEX, _REDIRECT.direction.tcx, first=True).close()
+
+
+def _clsact(_: Path | None) -> None:
+    with Netns.empty() as scratch, _load("redirect") as loaded:
+        add_filter(scratch, _LO_INDEX, _REDIRECT, loaded.program_fd(_REDIRECT.program))
 
 
 def _sk_lookup(_: Path | None) -> None:
@@ -193,12 +210,14 @@ def _set_retval(_: Path | None) -> None:
 
 _INGRESS_IFINDEX: Final = "ingress_ifindex in sk_lookup"
 _SET_RETVAL: Final = "bpf_set_retval"
-_ATTEMPTS: Final = (
+_REDIRECT: Final = DevicePlace("pyamb_redirect", Direction.EGRESS, rank=1)
+_LO_INDEX: Final = 1
+_BASICS: Final = (
     _Attempt("libbpf and compiled programs", "", _installation),
     _Attempt("bpf(2)", "4.4", _system_call),
     _Attempt("cgroup2", "", _cgroup2),
-    _Attempt("cgroup links for connect and bind", "5.9", _app_hooks),
-    _Attempt("cgroup links for DNS: sendmsg, recvmsg, getpeername", "5.8", _dns_hooks),
+)
+_SHARED: Final = (
     _Attempt("socket storage in sock_create and sockops", "5.9", _proxy_hooks),
     _Attempt("sk_lookup", "5.9", _sk_lookup),
     _Attempt(
@@ -215,5 +234,21 @@ _ATTEMPTS: Final = (
         instead="a tc filter on the pod's lo",
         alternative=_note_on_lo,
     ),
-    _Attempt(_SET_RETVAL, "5.18", _set_retval, needed=False, instead="EPERM for ECONNREFUSED"),
 )
+_ATTEMPTS: Final = {
+    "bpf": (
+        *_BASICS,
+        _Attempt("cgroup links for connect and bind", "5.9", _app_hooks),
+        _Attempt("cgroup links for DNS: sendmsg, recvmsg, getpeername", "5.8", _dns_hooks),
+        *_SHARED,
+        _Attempt(_SET_RETVAL, "5.18", _set_retval, needed=False, instead="EPERM for ECONNREFUSED"),
+    ),
+    "tc": (
+        *_BASICS,
+        _Attempt("cgroup links for the connects of proxy and probes", "5.9", _proxy_connects),
+        *_SHARED,
+        _Attempt(
+            "tcx links", "6.6", _tcx, instead="filters of a clsact qdisc", alternative=_clsact
+        ),
+    ),
+}

@@ -16,6 +16,8 @@ from pyambient.errors import PyambientError
 from tests.bed import CgroupTree
 from tests.bed.seccomp import nobpf
 
+_BACKENDS = ("bpf", "tc", "nftables", "iptables")
+
 
 @pytest.fixture
 def words(cgroup_tree: CgroupTree) -> list[str]:
@@ -30,7 +32,7 @@ def test_here_every_backend_works(words: list[str], cgroup_tree: CgroupTree) -> 
     lines = result.stdout.splitlines()
     assert lines[-1] == "--backend auto takes bpf"
     headers = [line for line in lines[:-1] if not line.startswith("  ")]
-    assert headers == ["machine", "backend bpf", "backend nftables", "backend iptables"]
+    assert headers == ["machine", *(f"backend {name}" for name in _BACKENDS)]
     assert all(line.startswith("  ✔ ") for line in lines[:-1] if line not in headers)
     assert "  ✔ sk_lookup (Linux 5.9)" in lines
     assert cgroup_tree.directories() == before
@@ -39,9 +41,9 @@ def test_here_every_backend_works(words: list[str], cgroup_tree: CgroupTree) -> 
 def test_the_json_twin(words: list[str]) -> None:
     """The same, with every field, for programs."""
     told = json.loads(CliRunner().invoke(cli, [*words, "-o", "json"]).stdout)
-    assert told["backends"] == {"bpf": True, "nftables": True, "iptables": True}
+    assert told["backends"] == dict.fromkeys(_BACKENDS, True)
     groups = {finding["group"] for finding in told["checks"]}
-    assert groups == {"machine", "bpf", "nftables", "iptables"}
+    assert groups == {"machine", *_BACKENDS}
     assert all(finding["present"] for finding in told["checks"])
 
 

@@ -19,6 +19,7 @@ from .conftest import Pair, assert_all_tunnelled
 _MARKER = b"plaintext that must not be on the wire"
 # With netfilter alone the proxy is known by its mark, which an app that may set marks can forge.
 _ONLY_BPF = pytest.mark.parametrize("backend", ["bpf"], scope="module")
+_WITHOUT_NETFILTER = pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module")
 
 
 @pytest.fixture
@@ -109,12 +110,12 @@ def test_a_bound_source_is_kept(
 
 
 def test_a_device_bound_client_is_no_way_around(pair: Pair, family: str) -> None:
-    """Bound to eth0 as nobody: captured with bpf; with the others it gets nothing out."""
+    """Bound to eth0 as nobody: captured by BPF; with netfilter it gets nothing out."""
     there = SocketAddress(pair.server.address(family), 8081)
     options = ClientOptions(device="eth0", timeout=2)
     with pair.serve(pair.server, 8081), capturing(pair.client) as capture:
         seen = pair.client.run(apps.request, there, _MARKER, options)
-    if pair.backend == "bpf":
+    if pair.backend in ("bpf", "tc"):
         assert (seen.data, seen.peer) == (_MARKER, there)
         assert_all_tunnelled(capture, pair.client, pair.server, _MARKER)
     else:
@@ -285,7 +286,7 @@ def test_udp_is_untouched(pair: Pair, family: str) -> None:
         assert pair.client.run(apps.udp_request, there).data == b"hello"
 
 
-@_ONLY_BPF
+@_WITHOUT_NETFILTER
 def test_the_proxys_mark_is_no_pass(pair: Pair, echo: Child, destination: SocketAddress) -> None:
     """An app that may set marks and sets the proxy's is captured like any other."""
     options = ClientOptions(mark=PROXY_MARK)

@@ -157,6 +157,38 @@ def _serve_twin(twin: Twin) -> Child:
     return server
 
 
+def _neighbour_beside(strangers: Pair, family: str) -> tuple[Network, SocketAddress]:
+    """A second network with an enrolled server; the client is enrolled, and not on it yet."""
+    side = strangers.bed.add_network(Network("br78", "10.78.0", "fd78::"))
+    neighbour = strangers.bed.pod("neighbour", network=side)
+    strangers.mesh.enroll(strangers.client, backend=strangers.backend)
+    strangers.mesh.enroll(neighbour, backend=strangers.backend)
+    strangers.serve(neighbour, 8080)
+    return side, SocketAddress(neighbour.address(family), 8080)
+
+
+@pytest.mark.parametrize("device", [None, "eth1"])
+@pytest.mark.parametrize("backend", ["tc"], scope="module")
+def test_a_device_is_captured_once_the_agent_has_seen_it(
+    strangers: Pair, family: str, device: str | None
+) -> None:
+    """With `tc` capture is a matter of each device: nothing leaves by it from then on."""
+    client, mesh = strangers.client, strangers.mesh
+    side, there = _neighbour_beside(strangers, family)
+    strangers.bed.add_device(client, "eth1", side)
+    options = ClientOptions(device=device, timeout=1)
+
+    def is_captured() -> bool:
+        client.run(apps.request, there, options=options)
+        known = {"direction": "outbound", "dst.hbone_addr": str(there)}
+        return any(known.items() <= line.items() for line in mesh.lines())
+
+    mesh.wait_until(is_captured, "captured connection")
+    with capturing(client, "eth1") as capture:
+        assert client.run(apps.request, there, _MARKER, options).data == _MARKER
+    assert [str(one) for one in capture.packets if 8080 in one.ports] == []
+
+
 @pytest.mark.parametrize(
     ("backend", "device"),
     [("bpf", None), ("bpf", "eth1"), ("nftables", None), ("iptables", None)],
@@ -167,12 +199,7 @@ def test_a_device_that_comes_later_is_captured(
 ) -> None:
     """A second device of an enrolled pod: nothing ever leaves by it past the mesh."""
     bed, client = strangers.bed, strangers.client
-    side = bed.add_network(Network("br78", "10.78.0", "fd78::"))
-    neighbour = bed.pod("neighbour", network=side)
-    strangers.mesh.enroll(client, backend=strangers.backend)
-    strangers.mesh.enroll(neighbour, backend=strangers.backend)
-    there = SocketAddress(neighbour.address(family), 8080)
-    strangers.serve(neighbour, 8080)
+    side, there = _neighbour_beside(strangers, family)
 
     bed.add_device(client, "eth1", side)
     options = ClientOptions(device=device, timeout=1)

@@ -1,4 +1,4 @@
-"""Pods enrolled with the backend `bpf`, a null proxy serving them, and who talks to them."""
+"""Pods enrolled with backend `bpf` or `tc`, a null proxy serving them, and who talks to them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ CAPTURE = (Stage.APPLY, Stage.STEER, Stage.GATE)
 class BpfMesh:
     """Enrols pods as the agent does: programs, then listeners, then all that captures."""
 
+    backend = "bpf"
+
     def __init__(self, bed: Bed, *pods: BedPod, options: CaptureOptions = DEFAULTS) -> None:
         self.bed = bed
         self.pods = pods
@@ -33,7 +35,7 @@ class BpfMesh:
 
     def plan(self, pod: BedPod) -> Plan:
         options = self.options.get(pod.name, DEFAULTS)
-        return choose("bpf", self.site).plan(target(pod), survey(pod.netns), options)
+        return choose(self.backend, self.site).plan(target(pod), survey(pod.netns), options)
 
     def prepare(self) -> None:
         for pod in self.pods:

@@ -15,6 +15,7 @@ from pyambient.netns import Netns
 from tests.bed import Bed, BedPod, CgroupTree
 from tests.bed.masquerade import masqueraded
 
+from .bpf_mesh import BpfMesh
 from .netfilter_mesh import INTERCEPTORS
 
 
@@ -29,6 +30,13 @@ def _masqueraded(bed: Bed) -> Iterator[BedPod]:
     """A pod that reaches the others from the node's own address."""
     with masqueraded(bed) as pod:
         yield pod
+
+
+@pytest.fixture(params=["bpf", "tc"])
+def bpf_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend that `BpfMesh` enrols with, both in turn."""
+    monkeypatch.setattr(BpfMesh, "backend", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(params=["this kernel", "as Linux 5.10"])

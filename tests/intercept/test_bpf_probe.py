@@ -38,11 +38,12 @@ def site(cgroup_tree: CgroupTree, tmp_path: Path) -> Site:
 
 def test_this_kernel_has_what_is_needed(site: Site) -> None:
     """Where the backend's own tests run nothing needed is missing, and `auto` is `bpf`."""
-    assert [f for f in probe.probe(site.cgroup) if f.needed and not f.present] == []
+    assert [f for f in probe.probe(site.cgroup, "bpf") if f.needed and not f.present] == []
     assert choose("auto", site).name == choose("bpf", site).name == "bpf"
 
 
-def test_probing_leaves_nothing(cgroup_tree: CgroupTree) -> None:
+@pytest.mark.parametrize("backend", ["bpf", "tc"])
+def test_probing_leaves_nothing(cgroup_tree: CgroupTree, backend: str) -> None:
     """No pin, cgroup or descriptor (so no link either) and no other namespace stays of a probe."""
 
     def around() -> tuple[object, ...]:
@@ -51,13 +52,13 @@ def test_probing_leaves_nothing(cgroup_tree: CgroupTree) -> None:
         return pins(), cgroup_tree.directories(), descriptors, netns
 
     before = around()
-    probe.probe(cgroup_tree.path)
+    probe.probe(cgroup_tree.path, backend)
     assert around() == before
 
 
 def test_probing_once(site: Site) -> None:
     """A process asks the kernel once."""
-    assert probe.probe(site.cgroup) is probe.probe(site.cgroup)
+    assert probe.probe(site.cgroup, "bpf") is probe.probe(site.cgroup, "bpf")
 
 
 def _without_bpf(site: Site) -> tuple[str, UnsupportedFeature]:
@@ -84,16 +85,17 @@ def test_a_kernel_without_bpf(bed: Bed, site: Site) -> None:
         ("SO_NETNS_COOKIE", "bpf", ""),
         ("ingress_ifindex in sk_lookup", "bpf", ""),
         ("bpf_set_retval", "bpf", ""),
+        ("cgroup links for connect and bind", "tc", "Linux 5.9 and later"),
     ],
 )
 def test_a_missing_feature(
     site: Site, monkeypatch: pytest.MonkeyPatch, refused: str, auto: str, error: str
 ) -> None:
-    """A needed feature decides for `nftables` and is named; for others there is something else."""
+    """A needed feature decides for another backend and is named; else there is something else."""
     _refuse(monkeypatch, refused, "run")
 
     assert choose("auto", site).name == auto
-    (feature,) = [f for f in probe.probe(site.cgroup) if f.name == refused]
+    (feature,) = [f for f in probe.probe(site.cgroup, "bpf") if f.name == refused]
     assert (feature.present, feature.needed, bool(feature.instead)) == (False, bool(error), True)
     if error:
         with pytest.raises(UnsupportedFeature, match=f"{refused} .{error}"):
@@ -106,10 +108,13 @@ def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, *attempts: str) -> None:
     def refuse(_: object) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    changed = tuple(
-        dataclasses.replace(a, **dict.fromkeys(attempts, refuse)) if a.name == name else a
-        for a in probe._ATTEMPTS
-    )
+    changed = {
+        backend: tuple(
+            dataclasses.replace(a, **dict.fromkeys(attempts, refuse)) if a.name == name else a
+            for a in known
+        )
+        for backend, known in probe._ATTEMPTS.items()
+    }
     monkeypatch.setattr(probe, "_ATTEMPTS", changed)
 
 
@@ -177,9 +182,9 @@ def test_no_libbpf(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_backend(site: Site) -> None:
     """A backend that does not exist is a usage error that lists those that do."""
-    names = "auto, bpf, nftables, iptables"
-    with pytest.raises(UsageError, match=f"no backend 'tc'; choose one of {names}"):
-        choose("tc", site)
+    names = "auto, bpf, tc, nftables, iptables"
+    with pytest.raises(UsageError, match=f"no backend 'xdp'; choose one of {names}"):
+        choose("xdp", site)
 
 
 def test_mount_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

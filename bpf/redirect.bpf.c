@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * Backend `tc`: capture where packets leave the pod. One instance per device.
+ *
+ * No hook sees these apps connect(), so their packets are turned round where
+ * they would leave: a SYN, and whatever follows it, goes back in by lo with the
+ * mark that makes it local there. sk_lookup then finds the listener, as it does
+ * for `bpf`; assigning it here would bypass what the kernel does with tuples
+ * in TIME_WAIT.
+ *
+ * What follows is known by a note on the app's socket. A connection that the
+ * pod forwards (of a nested namespace, of a virtual machine) has no socket
+ * here, so its ends are remembered instead. A connection from before the
+ * enrolment has neither, and goes on.
+ *
+ * The proxy's answers carry the mark of the SYN (tcp_fwmark_accept) or one of the
+ * proxy's own, and most come to lo. One that belongs to a forwarded connection
+ * is taken off there, and starts anew without a mark: routed, and translated if
+ * the pod translates, as if it came from outside.
+ */
+#include "selection.h"
+
+#define TCP_SEQ		4
+#define TCP_ACK_SEQ	8
+#define TCP_FLAGS	12	/* with the length of the header before them */
+#define TCP_CHECK	16
+#define RST_AND_ACK	0x14
+
+DEFINE_LISTENERS;
+DEFINE_REDIRECTED;
+DEFINE_PROXY_SOCKETS;
+DEFINE_CAPTURED_SOCKETS;
+DEFINE_FORWARDED;
+DEFINE_CONSTANTS;
+
+#include "segment.h"
+
+/* The packet goes in by lo. A device without a link layer (tun, WireGuard) has no header for it. */
+static __always_inline int to_lo(struct __sk_buff *skb)
+{
+	struct ethhdr link = { .h_proto = skb->protocol };
+
+	skb->mark = (skb->mark & ~MARK_MASK) | LOOPBACK_MARK;
+	if (!constant(is_ethernet) && (bpf_skb_change_head(skb, ETH_HLEN, 0) ||
+				       bpf_skb_store_bytes(skb, 0, &link, sizeof(link), 0)))
+		return TC_ACT_SHOT;
+	return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+}
+
+static __always_inline void swap_bytes(struct __sk_buff *skb, __u32 one, __u32 other, __u32 length)
+{
+	__u8 first[16], second[16];
+
+	bpf_skb_load_bytes(skb, one, first, length);
+	bpf_skb_load_bytes(skb, other, second, length);
+	bpf_skb_store_bytes(skb, one, second, length, 0);
+	bpf_skb_store_bytes(skb, other, first, length, 0);
+}
+
+static __always_inline void set_word(struct __sk_buff *skb, __u32 tcp, __u32 offset, __u32 value,
+				     __u32 length)
+{
+	__u32 old = 0;
+
+	bpf_skb_load_bytes(skb, tcp + offset, &old, length);
+	bpf_l4_csum_replace(skb, tcp + TCP_CHECK, old, value, length);
+	bpf_skb_store_bytes(skb, tcp + offset, &value, length, 0);
+}
+
+/*
+ * The SYN becomes the RST that a closed port would answer, and comes in by the
+ * device it was to leave by. The kernel itself would not answer IPv4 from an
+ * address that is not the pod's, and the app would wait.
+ */
+static __always_inline int refuse(struct __sk_buff *skb, const struct segment *syn)
+{
+	__u32 network = constant(is_ethernet) ? ETH_HLEN : 0;
+	__u32 tcp = syn->offset;
+	__u8 flags[2] = { syn->tcp.doff << 4, RST_AND_ACK };
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		swap_bytes(skb, network + 12, network + 16, 4);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		swap_bytes(skb, network + 8, network + 24, 16);
+	else
+		return TC_ACT_SHOT;	/* with tags of its own before the packet */
+	if (network)
+		swap_bytes(skb, 0, ETH_ALEN, ETH_ALEN);
+	swap_bytes(skb, tcp, tcp + 2, 2);
+	set_word(skb, tcp, TCP_SEQ, 0, 4);
+	set_word(skb, tcp, TCP_ACK_SEQ, bpf_htonl(bpf_ntohl(syn->tcp.seq) + 1), 4);
+	set_word(skb, tcp, TCP_FLAGS, *(__u16 *)flags, 2);
+	skb->mark &= ~MARK_MASK;
+	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
+static __always_inline int has_listener(void)
+{
+	struct listener key = { .netns = constant(netns), .port = OUTBOUND_PORT };
+	struct bpf_sock *sk = map_lookup(listeners, &key);
+
+	if (!sk)
+		return 0;
+	bpf_sk_release(sk);
+	return 1;
+}
+
+/* 0 if it cannot be noted: then it must not begin. */
+static __always_inline int note_captured(struct bpf_sock *sk, const struct connection *ends)
+{
+	__u8 captured = CAPTURED, *decided;
+
+	if (!sk)
+		return !map_update(forwarded, ends, &captured);
+	decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!decided)
+		return 0;
+	*decided = CAPTURED;
+	return 1;
+}
+
+/*
+ * It goes its own way, and goes on if the pod's selection is another one later.
+ * A socket may connect twice, and ends may be used again: nothing of the first
+ * time must stay.
+ */
+static __always_inline int passes(struct bpf_sock *sk, const struct connection *ends)
+{
+	__u8 *decided;
+
+	if (!sk) {
+		map_delete(forwarded, ends);
+		return TC_ACT_UNSPEC;
+	}
+	decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!decided)
+		return TC_ACT_SHOT;
+	*decided = EXCLUDED;
+	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int opens(struct __sk_buff *skb, struct bpf_sock *sk,
+				 const struct segment *syn)
+{
+	__u64 netns = constant(netns);
+
+	if (!map_lookup(redirected, &netns) ||
+	    is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))
+		return passes(sk, &syn->ends);
+	if (!has_listener())
+		return refuse(skb, syn);
+	if (!note_captured(sk, &syn->ends))
+		return TC_ACT_SHOT;
+	return to_lo(skb);
+}
+
+/* Whether somebody else in the pod has the other end of this connection: the proxy. */
+static __always_inline int has_other_end(struct __sk_buff *skb, const struct connection *ends)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	int found;
+
+	if (is_mapped_ipv4(ends->from)) {
+		tuple.ipv4.saddr = ends->from[3];
+		tuple.ipv4.daddr = ends->to[3];
+		tuple.ipv4.sport = bpf_htons(ends->from_port);
+		tuple.ipv4.dport = bpf_htons(ends->to_port);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		set_ipv6(tuple.ipv6.saddr, ends->from);
+		set_ipv6(tuple.ipv6.daddr, ends->to);
+		tuple.ipv6.sport = bpf_htons(ends->from_port);
+		tuple.ipv6.dport = bpf_htons(ends->to_port);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return 0;
+	found = sk->state != BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return found;
+}
+
+static __always_inline int goes_on(struct __sk_buff *skb, struct bpf_sock *sk,
+				   const struct connection *ends)
+{
+	__u8 *decided = sk ? storage_get(captured_socks, sk, 0) : map_lookup(forwarded, ends);
+
+	if (decided)
+		return *decided == CAPTURED ? to_lo(skb) : TC_ACT_UNSPEC;
+	return has_other_end(skb, ends) ? to_lo(skb) : TC_ACT_UNSPEC;
+}
+
+/* For what cannot be read: a fragment of a captured connection is put together on lo. */
+static __always_inline int is_captured(struct bpf_sock *sk)
+{
+	__u8 *decided = sk ? storage_get(captured_socks, sk, 0) : NULL;
+
+	return decided && *decided == CAPTURED;
+}
+
+/*
+ * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
+ * Returns TC_ACT_REDIRECT for segments of captured connections (to lo) and for
+ * a SYN that nobody would take (back, as a RST), TC_ACT_SHOT where there is no
+ * memory to do so, TC_ACT_UNSPEC (as if this program were not there) for the
+ * proxy, for other protocols, and for connections that are not captured.
+ */
+SEC("tc")
+int pyamb_redirect(struct __sk_buff *skb)
+{
+	struct segment segment = { .ends = { .netns = constant(netns) } };
+	struct bpf_sock *sk = skb->sk;	/* once: a second load may be NULL again */
+	int kind;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk && storage_get(proxy_sockets, sk, 0))
+		return TC_ACT_UNSPEC;
+	kind = read_segment(skb, &segment);
+	if (kind == UNREADABLE)
+		return is_captured(sk) ? to_lo(skb) : TC_ACT_UNSPEC;
+	if (kind == OTHER)
+		return TC_ACT_UNSPEC;
+	if (segment.tcp.syn && !segment.tcp.ack)
+		return opens(skb, sk, &segment);
+	return goes_on(skb, sk, &segment.ends);
+}
+
+static __always_inline int is_answer_to_forwarded(const struct connection *answer)
+{
+	struct connection ends = { .netns = answer->netns };
+
+	set_ipv6(ends.from, answer->to);
+	set_ipv6(ends.to, answer->from);
+	ends.from_port = answer->to_port;
+	ends.to_port = answer->from_port;
+	return map_lookup(forwarded, &ends) != NULL;
+}
+
+/*
+ * Hook: tc ingress (tcx, before Linux 6.6 clsact) of a pod's lo. Linux 5.9.
+ * Returns TC_ACT_UNSPEC, having said of what came from another device that it
+ * is for this host (its link-layer address is that of a router);
+ * TC_ACT_REDIRECT, to lo again, for answers to forwarded connections.
+ */
+SEC("tc")
+int pyamb_arrival(struct __sk_buff *skb)
+{
+	struct segment segment = { .ends = { .netns = constant(netns) } };
+
+	if (!(skb->mark & MARK_MASK))
+		return TC_ACT_UNSPEC;
+	if (skb->pkt_type == PACKET_OTHERHOST) {
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return TC_ACT_UNSPEC;
+	}
+	if (read_segment(skb, &segment) != SEGMENT || !is_answer_to_forwarded(&segment.ends))
+		return TC_ACT_UNSPEC;
+	skb->mark &= ~MARK_MASK;
+	return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+}
+
+DEFINE_LICENSE;

@@ -1,0 +1,79 @@
+"""What the `tc` backend adds for a pod, as steps, beside those that it shares with `bpf`."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+from .bpf_node import TC, ProgramSet, existing_map
+from .bpf_steps import MapEntry, NodeStep
+from .device_program import DevicePlace, DeviceProgram, Direction
+from .interface import Pod, Stage, step
+from .loader import Constants, LoadedObject, load
+
+_SHARED: Final = (
+    *("listeners", "redirected", "selections"),
+    *("proxy_sockets", "captured_socks", "forwarded"),
+)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class ProxyStep(NodeStep):
+    """The programs that know the proxy and its listeners, and the maps that pods share."""
+
+    kind: ClassVar[str] = "tc-node"
+    needed: ClassVar[ProgramSet] = TC
+
+
+@dataclass(frozen=True, slots=True)
+class _Redirecting(DeviceProgram):
+    """A program of redirect.bpf.c on one device."""
+
+    cookie: int
+
+    @contextlib.contextmanager
+    def load(self, pod: Pod) -> Iterator[LoadedObject]:
+        constants = Constants(self.cookie, is_ethernet=self.is_ethernet(pod))
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(existing_map(Path(self.bpffs), n)) for n in _SHARED]
+            shared = {found.name: found for found in opened}
+            yield stack.enter_context(load("redirect", constants, shared))
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class Redirect(_Redirecting):
+    """What turns captured packets round at a device; the guard sees what it lets pass."""
+
+    kind: ClassVar[str] = "tc-redirect"
+    place: ClassVar[DevicePlace] = DevicePlace("pyamb_redirect", Direction.EGRESS, rank=1)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class Arrival(_Redirecting):
+    """What takes them in at lo. Its rank leaves the first place to the notes of `bpf`."""
+
+    kind: ClassVar[str] = "tc-arrival"
+    place: ClassVar[DevicePlace] = DevicePlace("pyamb_arrival", Direction.INGRESS, rank=2)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class RedirectGate(MapEntry):
+    """From here on the pod's new connections are turned round."""
+
+    kind: ClassVar[str] = "tc-gate"
+    stage: ClassVar[Stage] = Stage.GATE
+    map_name: ClassVar[str] = "redirected"
+
+    def describe(self) -> str:
+        return "bpf map redirected += this network namespace"
+
+    def _value(self, pod: Pod) -> bytes:
+        return struct.pack("=I", pod.netns.inode)
