@@ -19,6 +19,7 @@ is closed, `closed` is set. trio tasks wait for `closed`; nothing on the byte pa
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -31,8 +32,12 @@ from pyambient.model.numbers import PING_INTERVAL, PING_TIMEOUT
 from .loop import GONE, IN, OUT, Loop
 from .tls import Fill, SharedBuffers, TlsError, TlsTransport
 
-_FILLS_A_TURN = 16
+_FILLS_A_TURN = 2
 _FLUSH_AT = 64 << 10
+# So much in large batches, without a pause of so many seconds between two, is bulk: a small message
+# behind it waits for whole buffers to drain.
+_SATURATING = 4 << 20
+_LULL = 0.2
 
 
 class Parked(Protocol):
@@ -66,6 +71,20 @@ class Tunnel:
         self._watching_out = False
         self._parked: list[Parked] = []
         self._farewell = ""
+        self._bulk = 0
+        self._bulk_at = 0.0
+
+    @property
+    def saturated(self) -> bool:
+        """Whether bulk is under way: new connections had better go elsewhere."""
+        return self._bulk >= _SATURATING and time.monotonic() - self._bulk_at < _LULL
+
+    def _count_bulk(self, count: int) -> None:
+        now = time.monotonic()
+        if now - self._bulk_at >= _LULL:
+            self._bulk = 0
+        self._bulk += count
+        self._bulk_at = now
 
     @property
     def blocked(self) -> bool:
@@ -109,6 +128,8 @@ class Tunnel:
         for _ in range(_FILLS_A_TURN):
             count, state = fill()
             if count:
+                if count >= _FLUSH_AT:
+                    self._count_bulk(count)
                 receive(self._plain[:count])
                 self.loop.flush_soon(self)
             if state is Fill.DRAINED:
@@ -134,6 +155,8 @@ class Tunnel:
         was_blocked = transport.blocked
         if was_blocked and not transport.push():
             return
+        if connection.pending_count >= _FLUSH_AT:
+            self._count_bulk(connection.pending_count)
         while connection.pending_count:
             connection.sent(transport.send(connection.pending))
             if transport.blocked:

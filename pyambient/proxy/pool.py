@@ -9,6 +9,9 @@ address, to which next hop. Pods never share tunnels, so nothing of one can reac
 the connection waits in the key's lane while one trio task opens a tunnel (at most one opening per
 lane); success serves the waiters in order, failure wakes all of them with the same reason.
 
+A tunnel that is saturated by bulk gets no more connections while another may be opened beside it:
+messages of theirs would wait behind whole buffers of it, here and in the network.
+
 A tunnel leaves its lane when the peer says GOAWAY or the connection ends, and is closed when it
 has had no stream for five minutes.
 """
@@ -40,6 +43,8 @@ from .worker import PodScope
 
 _WAITERS_MAX = 4096
 _IDLE_CHECK = 30.0
+# Tunnels of one key that may be saturated before connections are put on them all the same.
+_SATURATED_MAX = 4
 
 
 class PoolKey(NamedTuple):
@@ -71,6 +76,18 @@ class _Lane:
         self.tunnels: list[_Pooled] = []
         self.waiters: deque[Waiter] = deque()
         self.opening = False
+
+    def free_tunnel(self, *, at_any_price: bool) -> _Pooled | None:
+        """A tunnel with room for a stream; a saturated one if there are many, or at any price."""
+        saturated = None
+        count = 0
+        for pooled in self.tunnels:
+            if pooled.tunnel is not None and pooled.tunnel.connection.can_open():
+                if not pooled.tunnel.saturated:
+                    return pooled
+                saturated = saturated or pooled
+                count += 1
+        return saturated if at_any_price or count >= _SATURATED_MAX else None
 
 
 class _Pooled:
@@ -113,10 +130,10 @@ class Pool:
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = _Lane()
-        for pooled in lane.tunnels:
-            if pooled.tunnel is not None and pooled.tunnel.connection.can_open():
-                self._serve(pooled, waiter)
-                return
+        pooled = lane.free_tunnel(at_any_price=False)
+        if pooled is not None:
+            self._serve(pooled, waiter)
+            return
         if len(lane.waiters) >= _WAITERS_MAX:
             waiter.failed(f"{_WAITERS_MAX} connections wait for a tunnel to {key.next_hop} already")
             return
@@ -143,8 +160,16 @@ class Pool:
         finally:
             lane.opening = False
             while lane.waiters:
-                lane.waiters.popleft().failed(failure)
+                self._serve_or_fail(lane, lane.waiters.popleft(), failure)
             self._drop_if_empty(key, lane)
+
+    def _serve_or_fail(self, lane: _Lane, waiter: Waiter, failure: str) -> None:
+        """What could not be opened was perhaps only meant to spare a tunnel that is busy."""
+        pooled = lane.free_tunnel(at_any_price=True)
+        if pooled is not None:
+            self._serve(pooled, waiter)
+        else:
+            waiter.failed(failure)
 
     def _serve_waiters(self, pooled: _Pooled, lane: _Lane) -> None:
         tunnel = pooled.tunnel

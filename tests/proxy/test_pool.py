@@ -172,3 +172,47 @@ def test_a_peer_that_accepts_and_says_nothing_does_not_hold_up_for_ever(bed, tmp
         assert one.failure == f"no TLS and HTTP/2 answer from {server.ipv4}:15008 in 0.3 s"
 
     proxied(bed, tmp_path, test)
+
+
+def saturate(tunnel):
+    tunnel._count_bulk(64 << 20)
+
+
+def test_a_connection_does_not_join_a_tunnel_that_is_saturated_by_bulk(bed, tmp_path):
+    """It gets another tunnel, up to four of them, and the first again when the bulk is over."""
+    client, server = bed.pod("client"), bed.pod("server")
+
+    async def test(rig):
+        await rig.serve(server)
+        pool, key = rig.pool(client), rig.key(client, server)
+        tunnels = []
+        for _ in range(6):
+            for tunnel in tunnels:
+                saturate(tunnel)
+            (one,) = await asked(pool, key)
+            tunnels.append(one.tunnel)
+        assert len(set(tunnels)) == 4
+        for tunnel in tunnels:
+            tunnel._bulk_at -= 1.0
+        (one,) = await asked(pool, key)
+        assert one.tunnel is tunnels[0]
+        pool.close("end of the test")
+
+    proxied(bed, tmp_path, test)
+
+
+def test_a_saturated_tunnel_is_better_than_none(bed, tmp_path):
+    """When no other can be opened beside it, it takes the connection."""
+    client, server = bed.pod("client"), bed.pod("server")
+
+    async def test(rig):
+        await rig.serve(server)
+        pool, key = rig.pool(client), rig.key(client, server)
+        (one,) = await asked(pool, key)
+        rig.pods._pods["server"]._stop_listening()
+        saturate(one.tunnel)
+        (other,) = await asked(pool, key)
+        assert other.tunnel is one.tunnel
+        pool.close("end of the test")
+
+    proxied(bed, tmp_path, test)
