@@ -117,6 +117,7 @@ class Stream:
     __slots__ = (
         "_rules",
         "_sink",
+        "authority",
         "can_receive",
         "can_send",
         "connection",
@@ -125,7 +126,6 @@ class Stream:
         "full_window",
         "id",
         "receive_window",
-        "request",
         "send_window",
         "state",
     )
@@ -141,7 +141,8 @@ class Stream:
         """An idle stream; `windows` are what we may send and what the peer may, to begin with."""
         self.connection = connection
         self.id = stream_id
-        self.request = request
+        # The rest of the request is its reader's: an idle stream must not hold half a kilobyte.
+        self.authority = request.authority
         self.state = State.IDLE
         self.can_send = self.can_receive = False
         self.send_window, self.full_window = windows
@@ -222,7 +223,7 @@ class Stream:
 
     def __repr__(self) -> str:
         state = self.state.name.lower().replace("_", " ")
-        return f"<Stream {self.id} {state}, {self.request.authority}, window {self.send_window}>"
+        return f"<Stream {self.id} {state}, {self.authority}, window {self.send_window}>"
 
 
 class EarlyData:

@@ -43,8 +43,8 @@ class Limits:
     handshakes: int = 512
     pod_handshakes: int = 128
     # A peer opens a tunnel for a hundred connections, and reopens them all when we restart.
-    source_burst: int = 100
-    source_rate: float = 20.0
+    source_burst: int = 200
+    source_rate: float = 50.0
     total_burst: int = 1000
     total_rate: float = 400.0
     buffered: int = 512 << 20

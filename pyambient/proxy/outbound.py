@@ -158,6 +158,8 @@ class Tunnelled:
     def _answered(self, relay: StreamRelay, status: int, _headers: Headers) -> None:
         if self._answer is not None:
             self._answer.cancel()
+            self._answer = None
+        relay.on_answer = None
         if status == 200:
             relay.open()
         else:

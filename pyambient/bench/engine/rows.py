@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyambient.bench.rounds import Results, Sample
+from pyambient.model.numbers import MAX_STREAMS_OPENED
 
 from . import scenarios, work
 from .subjects import ENVOY, OURS, OURS_16K, OURS_UNSHARED
@@ -130,17 +131,25 @@ def _kept(results: Results) -> float | None:
     return statistics.median(kept) if kept else None
 
 
-def _per_connection(subject: str) -> Figure:
-    """KB of the side that needs more."""
+def _kilobytes(subject: str) -> Figure:
+    """What a connection and its part of a tunnel take, on the side that needs more."""
     return lambda results: results.median(
         scenarios.MEMORY, subject, lambda s: max(s["client"], s["server"]) / 1024
     )
 
 
 def _per_tunnel(results: Results) -> float | None:
-    """KB of the side that needs more; a connection of that subject has a tunnel to itself."""
-    both, connection = _per_connection(OURS_UNSHARED)(results), _per_connection(OURS)(results)
-    return None if both is None or connection is None else both - connection
+    """Of two subjects, one with a tunnel for each connection, one with a tunnel for a hundred."""
+    alone, shared = _kilobytes(OURS_UNSHARED)(results), _kilobytes(OURS)(results)
+    if alone is None or shared is None:
+        return None
+    return (alone - shared) / (1 - 1 / MAX_STREAMS_OPENED)
+
+
+def _per_connection(results: Results) -> float | None:
+    """What is left when the tunnel's part is taken away."""
+    shared, tunnel = _kilobytes(OURS)(results), _per_tunnel(results)
+    return None if shared is None or tunnel is None else shared - tunnel / MAX_STREAMS_OPENED
 
 
 def _base(subject: str) -> Figure:
@@ -169,9 +178,9 @@ ROWS: tuple[Row, ...] = (
     absolute(f"{scenarios.SHARED}: what the upload keeps", _kept, "part", at_least=0.8),
     absolute(
         "memory of an idle connection",
-        _per_connection(OURS),
+        _per_connection,
         "KB",
-        theirs=_per_connection(ENVOY),
+        theirs=_kilobytes(ENVOY),
         at_most=2,
     ),
     absolute("memory of a tunnel", _per_tunnel, "KB", at_most=64),
