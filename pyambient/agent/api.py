@@ -20,11 +20,13 @@ import trio
 from pyambient import __version__
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.options import CaptureOptions
+from pyambient.model.explained import Outcome
 from pyambient.observe.logs import get_logger
 
 from .config import MAX_DRAIN_TIMEOUT
 from .enrolled import EnrolRequest
 from .enrolment import Enrolments
+from .explain import Inquiry, completed, explain
 from .proxies import Proxies
 from .reconcile import Rounds
 from .status import describe
@@ -52,6 +54,7 @@ class Api:
             "unenroll": self._unenroll,
             "status": self._status,
             "verify": self._verify,
+            "explain": self._explain,
         }
 
     async def serve(
@@ -147,6 +150,18 @@ class Api:
         with enrolled.netns.duplicate() as netns:
             checks = await trio.to_thread.run_sync(verify, enrolled.record, netns)
         return [dataclasses.asdict(check) for check in checks]
+
+    async def _explain(self, request: Mapping[str, Any]) -> Any:
+        enrolled = self._enrolments.lookup(_text(request, "netns"))
+        texts = (_text(request, name, "") for name in ("to", "source", "device"))
+        inquiry = Inquiry.parse(*texts)
+        with enrolled.netns.duplicate() as netns:
+            record = enrolled.record
+            own = await trio.to_thread.run_sync(explain, record, netns, inquiry)
+        proxy = None
+        if own.outcome is Outcome.CAPTURED:
+            proxy = await self._proxies.explain(inquiry.for_proxy(enrolled.uid))
+        return completed(own, proxy).to_json()
 
 
 class _Lines:

@@ -20,6 +20,7 @@ from pyambient.zds.details import (
     Describe,
     DetailsError,
     Drain,
+    Explain,
     PodDetails,
     Question,
     Status,
@@ -171,8 +172,15 @@ class DetailsServer:
 
     async def status(self, uid: str) -> dict[str, Any] | None:
         """What the newest proxy says about the pod; None if there is none to ask."""
+        return await self._newest(Status(uid))
+
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
+        """What the newest proxy would do to a connection; None if none can say."""
+        return await self._newest(question)
+
+    async def _newest(self, question: Question) -> dict[str, Any] | None:
         for peer in reversed(self._peers):
-            answer = await self._ask(peer, Status(uid), EXCHANGE_TIMEOUT)
+            answer = await self._ask(peer, question, EXCHANGE_TIMEOUT)
             if isinstance(answer, dict):
                 return answer
         return None

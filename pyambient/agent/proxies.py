@@ -8,7 +8,7 @@ import trio
 
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import Explain, PodDetails
 
 from .config import RunDir
 from .details_server import DetailsServer
@@ -65,6 +65,10 @@ class Proxies:
 
     async def status(self, uid: str) -> dict[str, Any] | None:
         return await self._details.status(uid)
+
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
+        """What the newest proxy would do to a connection; None if none can say."""
+        return await self._details.explain(question)
 
     def __repr__(self) -> str:
         return f"<Proxies {self._zds!r} {self._details!r}>"

@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "unenroll": _Entry("unenroll", "Take a network namespace out of the mesh"),
     "status": _Entry("status", "Show what is enrolled"),
     "verify": _Entry("verify", "Prove that a network namespace is captured"),
+    "explain": _Entry("explain", "Say what would happen to a connection, rule by rule"),
     "check": _Entry("check", "Show what this machine can do"),
     "agent": _Entry("agent", "Run the agent alone"),
     "proxy": _Entry("proxy", "Run the proxy alone"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Self
 
 from pyambient.errors import PyambientError
-from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, RESERVED_PORTS
 from pyambient.netns import Netns
 
 from .bpf_node import existing_map, node_map
@@ -68,6 +68,15 @@ class ProxyListeners:
         ports = " ".join(map(str, self._lost(pod)))
         return f"not in the BPF map listeners: {ports}" if ports else None
 
+    def alive(self) -> frozenset[int]:
+        """The ports for which the pod has a listener in the map: what the hooks go by."""
+        listeners = node_map(Path(self.bpffs), "listeners")
+        if listeners is None:
+            return frozenset()
+        with listeners:
+            found = (p for p in RESERVED_PORTS if listeners.get(self._key(p)) is not None)
+            return frozenset(found)
+
     def _note(self, port: int, listener: int) -> None:
         bpffs = Path(self.bpffs)
         with existing_map(bpffs, "proxy_sockets") as sockets:
@@ -87,7 +96,7 @@ class ProxyListeners:
         held = _held_sockets(_processes(Path(self.cgroup, "pyambient-proxy")))
         if not held:
             return {}  # no proxy: the walk through all sockets of the node can be spared
-        found = {port: inode for port, inode in _listening(pod.netns) if inode in held}
+        found = {port: inode for port, inode in listening(pod.netns) if inode in held}
         return {port: held[found[port]] for port in absent if port in found}
 
     def _key(self, port: int) -> bytes:
@@ -123,7 +132,7 @@ def _held_sockets(pids: list[int]) -> dict[int, tuple[int, int]]:
     return held
 
 
-def _listening(netns: Netns) -> list[tuple[int, int]]:
+def listening(netns: Netns) -> list[tuple[int, int]]:
     """The port and inode of each listening TCP socket."""
     found = []
     with netns.entered():

@@ -35,6 +35,13 @@ class PortRange(NamedTuple):
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
+class Ruling(NamedTuple):
+    """Whether a connection is captured, and why."""
+
+    captured: bool
+    why: str
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The choices for one direction: ports in order and disjoint, CIDRs in order, IPv4 first."""
@@ -46,12 +53,20 @@ class Selection:
 
     def captures(self, ip: str, port: int) -> bool:
         """The decision that every backend has to take for a connection."""
-        address = ipaddress.ip_address(ip)
-        if any(first <= port <= last for first, last in self.excluded_ports()):
-            return False
-        if any(address in cidr for cidr in self.exclude_cidrs):
-            return False
-        return not self.include_cidrs or any(address in cidr for cidr in self.include_cidrs)
+        return self.ruling(ip, port).captured
+
+    def ruling(self, ip: str, port: int) -> Ruling:
+        """That decision, and the choice that it comes from."""
+        if found := _range_of(port, self.exclude_ports):
+            return Ruling(False, f"port {port} is excluded by {found}")
+        if self.include_ports and not _range_of(port, self.include_ports):
+            return Ruling(False, f"port {port} is not included ({_some(self.include_ports)})")
+        if cidr := _cidr_of(ip, self.exclude_cidrs):
+            return Ruling(False, f"{ip} is excluded by {cidr}")
+        if self.include_cidrs and not (cidr := _cidr_of(ip, self.include_cidrs)):
+            return Ruling(False, f"{ip} is not included ({_some(self.include_cidrs)})")
+        included = f"{ip} is included by {cidr}" if cidr else "it is included"
+        return Ruling(True, f"nothing excludes port {port} and {ip}, {included}")
 
     def excluded_ports(self) -> tuple[PortRange, ...]:
         """The ports that are not captured, whatever the address."""
@@ -100,6 +115,15 @@ def covers(cidr: Cidr, other: Cidr) -> bool:
         return False
     hidden = cidr.max_prefixlen - cidr.prefixlen
     return int(cidr.network_address) >> hidden == int(other.network_address) >> hidden
+
+
+def _range_of(port: int, ranges: tuple[PortRange, ...]) -> PortRange | None:
+    return next((found for found in ranges if found.first <= port <= found.last), None)
+
+
+def _cidr_of(ip: str, cidrs: tuple[Cidr, ...]) -> Cidr | None:
+    address = ipaddress.ip_address(ip)
+    return next((cidr for cidr in cidrs if address in cidr), None)
 
 
 def in_order(cidrs: Iterable[Cidr]) -> list[Cidr]:

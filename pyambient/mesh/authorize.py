@@ -76,10 +76,10 @@ def _dry_run(policies: Sequence[Policy], facts: ConnectionFacts) -> Iterator[str
 
 def _clause_holds(clause: Clause, facts: ConnectionFacts) -> bool:
     """Whether any match of the clause holds; a clause without matches does."""
-    return not clause or any(_match_holds(m, facts) for m in clause)
+    return not clause or any(match_holds(m, facts) for m in clause)
 
 
-def _match_holds(match: Match, facts: ConnectionFacts) -> bool:
+def match_holds(match: Match, facts: ConnectionFacts) -> bool:
     """Whether every kind of field present holds; a match without fields never does."""
     source, destination, who = facts.source.ip, facts.destination, facts.identity
     return (

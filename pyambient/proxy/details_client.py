@@ -20,6 +20,7 @@ from pyambient.zds.details import (
     Describe,
     DetailsError,
     Drain,
+    Explain,
     PodDetails,
     Question,
     Status,
@@ -44,6 +45,9 @@ class DetailsHandler(Protocol):
 
     def status(self, uid: str) -> dict[str, Any]:
         """What to show about the pod, as JSON values."""
+
+    def explain(self, question: Explain) -> dict[str, Any] | None:
+        """What would happen to a connection, as JSON values; None for a pod that is not served."""
 
 
 async def serve_details(
@@ -116,3 +120,5 @@ class _Conversation:
                 return await self._handler.drain(uid, timeout)
             case Status(uid):
                 return self._handler.status(uid)
+            case Explain():
+                return self._handler.explain(question)

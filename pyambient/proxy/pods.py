@@ -24,12 +24,13 @@ from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
-from pyambient.zds.details import DnsCapture, PodDetails
+from pyambient.zds.details import DnsCapture, Explain, PodDetails
 
 from . import sockets
 from .addresses import pod_addresses
 from .dns.forwarder import Forwarder
 from .dns.resolver import resolver_lookup
+from .explain import explain
 from .inbound import Inbound
 from .outbound import Outbound
 from .plaintext import Plaintext
@@ -257,6 +258,11 @@ class Pods:
     def status(self, uid: str) -> dict[str, Any]:
         pod = self._pods.get(uid)
         return {} if pod is None else pod.status()
+
+    def explain(self, question: Explain) -> dict[str, Any] | None:
+        """What would happen to a connection of or to a pod."""
+        pod = self._pods.get(question.uid)
+        return None if pod is None else explain(pod.scope, question).to_json()
 
     # the process
 

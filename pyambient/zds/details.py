@@ -8,6 +8,7 @@ of another make never connects here, and is served by ZDS alone.
                                                "dns": {"bpffs": "...", "netns_cookie": 1}}}
     {"id": 2, "drain": "<uid>", "timeout": 30.0}
     {"id": 3, "status": "<uid>"}
+    {"id": 4, "explain": "<uid>", "to": ["10.77.0.3", 8080], "source": "10.77.0.4"}
     {"id": 3, "result": ...}    or    {"id": 3, "error": "one line"}
 """
 
@@ -17,6 +18,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Final
+
+from pyambient.model.address import SocketAddress
 
 # An address takes under 50 bytes: room for a thousand of them, and bounded.
 PACKET_LIMIT: Final = 64 << 10
@@ -73,7 +76,19 @@ class Status:
     uid: str
 
 
-Question = Describe | Drain | Status
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """What the proxy would do to a connection; the result is an `Explanation` as JSON, or null.
+
+    `source` is the address of a client that connects to the pod; empty for one of the pod's apps.
+    """
+
+    uid: str
+    to: SocketAddress
+    source: str = ""
+
+
+Question = Describe | Drain | Status | Explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +108,8 @@ def encode_question(number: int, question: Question) -> bytes:
             fields = {"drain": uid, "timeout": timeout}
         case Status(uid):
             fields = {"status": uid}
+        case Explain(uid, to, source):
+            fields = {"explain": uid, "to": list(to), "source": source}
     return _encode({"id": number, **fields})
 
 
@@ -121,6 +138,13 @@ def decode_question(packet: bytes) -> tuple[int, Question]:
             return number, Drain(uid, float(timeout))
         case {"id": int(number), "status": str(uid)}:
             return number, Status(uid)
+        case {
+            "id": int(number),
+            "explain": str(uid),
+            "to": [str(ip), int(port)],
+            "source": str(source),
+        }:
+            return number, Explain(uid, SocketAddress(ip, port), source)
     raise DetailsError("a packet that asks nothing known")
 
 

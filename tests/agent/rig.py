@@ -31,7 +31,7 @@ from pyambient.observe.logs import configure
 from pyambient.proxy import sockets
 from pyambient.proxy.details_client import serve_details
 from pyambient.proxy.zds_client import serve_zds
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import Explain, PodDetails
 from tests.bed import Bed, BedPod, Channel, Child
 
 _PATIENCE = 20.0
@@ -241,3 +241,8 @@ class _SmallProxy:
 
     def status(self, uid: str) -> dict[str, Any]:
         return {"listeners": len(self._listeners.get(uid, ()))}
+
+    def explain(self, question: Explain) -> dict[str, Any] | None:
+        """Nothing: a proxy that decides about no connection."""
+        self._calls.append(f"explain {question.uid} {question.to}")
+        return None

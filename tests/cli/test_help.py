@@ -13,7 +13,18 @@ from click.testing import CliRunner
 from pyambient import __version__
 from pyambient.cli.main import cli
 
-COMMANDS = ["up", "enroll", "set", "unenroll", "status", "verify", "check", "agent", "proxy"]
+COMMANDS = [
+    "up",
+    "enroll",
+    "set",
+    "unenroll",
+    "status",
+    "verify",
+    "explain",
+    "check",
+    "agent",
+    "proxy",
+]
 HEAVY = ["trio", "pyroute2", "structlog", "OpenSSL", "cryptography", "google.protobuf", "rich"]
 
 

@@ -13,7 +13,7 @@ import trio
 from pyambient.errors import PyambientError
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import Explain, PodDetails
 from pyambient.zds.messages import (
     Ack,
     Request,
@@ -62,6 +62,9 @@ class Handler:
 
     def status(self, uid: str) -> dict[str, Any]:
         raise PyambientError(f"no pod {uid}")
+
+    def explain(self, question: Explain) -> dict[str, Any] | None:
+        raise PyambientError(f"no pod {question.uid}")
 
 
 class Other:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pyambient.model.address import SocketAddress
 from pyambient.zds.details import (
     PACKET_LIMIT,
     Answer,
@@ -13,6 +14,7 @@ from pyambient.zds.details import (
     DetailsError,
     DnsCapture,
     Drain,
+    Explain,
     PodDetails,
     Question,
     Status,
@@ -54,6 +56,10 @@ DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
         ),
         (Drain("u1", 2.5), {"drain": "u1", "timeout": 2.5}),
         (Status("u1"), {"status": "u1"}),
+        (
+            Explain("u1", SocketAddress("fd00::2", 80), "10.0.0.1"),
+            {"explain": "u1", "to": ["fd00::2", 80], "source": "10.0.0.1"},
+        ),
     ],
 )
 def test_questions_go_there_as_json(question: Question, fields: dict[str, object]) -> None:

@@ -1,0 +1,196 @@
+"""What is said of a connection before the proxy gets it: a table of rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pyambient.intercept.explain import Interception, explain_inbound, explain_outbound
+from pyambient.intercept.options import CaptureOptions
+from pyambient.model.address import SocketAddress
+from pyambient.model.explained import Explanation, Outcome
+from pyambient.model.numbers import PROBE_ADDRESS_V4, PROBE_ADDRESS_V6, RESERVED_PORTS
+
+POD = Interception(
+    backend="bpf",
+    problem="",
+    addresses=frozenset(("10.0.0.1", "fd00::1", "fe80::1")),
+    options=CaptureOptions(),
+    devices=frozenset((("eth0", False), ("eth0", True), ("eth1", False))),
+    routed=frozenset((False, True)),
+    listeners=frozenset(RESERVED_PORTS),
+)
+BACKENDS = ("bpf", "nftables", "iptables")
+
+
+def choosing(**options: Any) -> CaptureOptions:
+    return CaptureOptions.from_json(options)
+
+
+def decisive(explained: Explanation) -> str:
+    return explained.findings[-1].rule
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "outcome", "rule"),
+    [
+        (("10.0.0.2", 80), {}, Outcome.CAPTURED, "captured"),
+        (("fd00::2", 80), {}, Outcome.CAPTURED, "captured"),
+        (("10.0.0.2", 80), {"problem": "the pod is draining"}, Outcome.DIRECT, "enrolled"),
+        (("10.0.0.1", 80), {}, Outcome.DIRECT, "the pod to itself"),
+        (("fe80::1%2", 80), {}, Outcome.DIRECT, "the pod to itself"),
+        (("127.0.0.9", 15001), {}, Outcome.DIRECT, "the pod to itself"),
+        (("::1", 53), {}, Outcome.DIRECT, "the pod to itself"),
+        (
+            ("10.0.0.2", 22),
+            {"options": choosing(outbound={"exclude_ports": "20-25"})},
+            Outcome.DIRECT,
+            "outbound selection",
+        ),
+        (
+            ("fd00::2", 80),
+            {"options": choosing(outbound={"include_cidrs": "10.0.0.0/8"})},
+            Outcome.DIRECT,
+            "outbound selection",
+        ),
+        (
+            ("10.0.0.2", 22),
+            {"options": choosing(inbound={"exclude_ports": "22"})},
+            Outcome.CAPTURED,
+            "captured",
+        ),
+        (("10.0.0.2", 80), {"listeners": frozenset((15053,))}, Outcome.REFUSED, "listener"),
+        (("10.0.0.2", 53), {"listeners": frozenset((15001,))}, Outcome.REFUSED, "listener"),
+        (("10.0.0.2", 53), {}, Outcome.FORWARDED, "forwarder"),
+        (("10.0.0.2", 53), {"options": choosing(dns=False)}, Outcome.CAPTURED, "captured"),
+        (
+            ("10.0.0.2", 53),
+            {"options": choosing(outbound={"exclude_ports": "53"})},
+            Outcome.DIRECT,
+            "outbound selection",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_becomes_of_a_connection_of_an_app(
+    backend: str, to: tuple[str, int], changes: dict[str, Any], outcome: Outcome, rule: str
+) -> None:
+    """Each rule decides where it matches, with every backend alike."""
+    pod = replace(POD, backend=backend, **changes)
+    explained = explain_outbound(pod, SocketAddress(*to))
+    assert (explained.outcome, decisive(explained)) == (outcome, rule)
+
+
+@pytest.mark.parametrize(
+    ("backend", "to", "device", "outcome"),
+    [
+        ("bpf", "10.0.0.2", "eth0", Outcome.CAPTURED),
+        ("bpf", "10.0.0.2", "eth1", Outcome.CAPTURED),
+        ("bpf", "fd00::2", "eth1", Outcome.REFUSED),
+        ("bpf", "10.0.0.2", "eth2", Outcome.REFUSED),
+        ("nftables", "10.0.0.2", "eth0", Outcome.REFUSED),
+        ("iptables", "fd00::2", "eth0", Outcome.REFUSED),
+        ("iptables", "10.0.0.1", "eth0", Outcome.DIRECT),
+    ],
+)
+def test_a_socket_bound_to_a_device(backend: str, to: str, device: str, outcome: Outcome) -> None:
+    """With bpf the device's route captures it, if there is one; with netfilter nothing does."""
+    pod = replace(POD, backend=backend)
+    assert explain_outbound(pod, SocketAddress(to, 80), device).outcome is outcome
+
+
+@pytest.mark.parametrize(("routed", "refused"), [((True,), "10.0.0.2"), ((False,), "fd00::2")])
+def test_a_family_without_a_route_is_refused(routed: tuple[bool], refused: str) -> None:
+    """A marked packet that nothing delivers goes nowhere; netfilter has no mark to deliver."""
+    pod = replace(POD, routed=frozenset(routed))
+    explained = explain_outbound(pod, SocketAddress(refused, 80))
+    assert (explained.outcome, decisive(explained)) == (Outcome.REFUSED, "route")
+    for backend in ("nftables", "iptables"):
+        by_redirect = replace(pod, backend=backend)
+        assert explain_outbound(by_redirect, SocketAddress(refused, 80)).outcome is Outcome.CAPTURED
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "changes", "outcome", "rule"),
+    [
+        ("10.0.0.2", ("10.0.0.1", 80), {}, Outcome.CAPTURED, "captured"),
+        ("10.0.0.2", ("10.0.0.3", 80), {}, Outcome.REFUSED, "own address"),
+        ("fd00::1", ("fd00::1", 80), {}, Outcome.DIRECT, "the pod to itself"),
+        ("10.0.0.2", ("10.0.0.1", 80), {"listeners": frozenset()}, Outcome.REFUSED, "listener"),
+        (
+            "10.0.0.2",
+            ("10.0.0.1", 80),
+            {"options": choosing(bypass_inbound=True)},
+            Outcome.DIRECT,
+            "bypass of inbound capture",
+        ),
+        (
+            "10.0.0.2",
+            ("10.0.0.1", 15008),
+            {"options": choosing(bypass_inbound=True)},
+            Outcome.CAPTURED,
+            "captured",
+        ),
+        (
+            "10.0.0.2",
+            ("10.0.0.1", 80),
+            {"options": choosing(inbound={"exclude_cidrs": "10.0.0.2"})},
+            Outcome.DIRECT,
+            "inbound selection",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_becomes_of_a_connection_to_the_pod(
+    backend: str,
+    source: str,
+    to: tuple[str, int],
+    changes: dict[str, Any],
+    outcome: Outcome,
+    rule: str,
+) -> None:
+    """The same of what comes in; HBONE comes in whatever was chosen."""
+    pod = replace(POD, backend=backend, **changes)
+    explained = explain_inbound(pod, source, SocketAddress(*to))
+    assert (explained.outcome, decisive(explained)) == (outcome, rule)
+
+
+@pytest.mark.parametrize(
+    ("source", "to"), [(PROBE_ADDRESS_V4, "10.0.0.1"), (PROBE_ADDRESS_V6, "fd00::1")]
+)
+def test_an_address_tells_probes_with_netfilter_alone(source: str, to: str) -> None:
+    """With bpf whoever has that address is captured like anybody else."""
+    outcomes = {
+        backend: explain_inbound(
+            replace(POD, backend=backend), source, SocketAddress(to, 80)
+        ).outcome
+        for backend in BACKENDS
+    }
+    assert outcomes == {
+        "bpf": Outcome.CAPTURED,
+        "nftables": Outcome.DIRECT,
+        "iptables": Outcome.DIRECT,
+    }
+
+
+@pytest.mark.parametrize(
+    ("choices", "why"),
+    [
+        ({"exclude_ports": "20-25"}, "port 22 is excluded by 20-25"),
+        ({"include_ports": "80,443"}, "port 22 is not included (80,443)"),
+        ({"exclude_cidrs": "10.0.0.0/8"}, "10.0.0.2 is excluded by 10.0.0.0/8"),
+        ({"include_cidrs": "fd00::/8"}, "10.0.0.2 is not included (fd00::/8)"),
+        (
+            {"include_cidrs": "10.0.0.0/8"},
+            "nothing excludes port 22 and 10.0.0.2, 10.0.0.2 is included by 10.0.0.0/8",
+        ),
+        ({}, "nothing excludes port 22 and 10.0.0.2, it is included"),
+    ],
+)
+def test_the_choice_that_decides_is_named(choices: dict[str, str], why: str) -> None:
+    """The list's very entry."""
+    pod = replace(POD, options=choosing(outbound=choices))
+    explained = explain_outbound(pod, SocketAddress("10.0.0.2", 22))
+    assert why in [finding.found for finding in explained.findings]
