@@ -165,17 +165,3 @@ def test_what_is_no_address_is_a_usage_error(pair: Pair, text: str) -> None:
     said = pair.mesh.cli("explain", "client", "--", text, code=2).stderr
     assert said.startswith("error: ")
     assert len(said.splitlines()) == 1
-
-
-def test_without_agent_and_proxy_it_says_what_it_can(strangers: Pair, family: str) -> None:
-    """What is left in the kernel: connections are refused, and so it is said."""
-    strangers.enroll()
-    to = SocketAddress(strangers.server.address(family), 8080)
-    strangers.mesh.kill()
-    said = explained(strangers, strangers.client, to)
-    assert said["outcome"] == "refused"
-    assert "no proxy serves the pod" in said["summary"]
-    assert strangers.client.run(apps.request, to, options=_PATIENCE).stage == "connect"
-    own = SocketAddress(strangers.client.address(family), 8080)
-    assert outcome(strangers, strangers.client, own) == "direct"
-    strangers.mesh.start()
