@@ -61,6 +61,20 @@ static __always_inline int has_listener(struct bpf_sock_addr *ctx, __u64 netns)
 }
 
 /*
+ * Whether a socket is bound to an address. The proxy's that is not calls the
+ * pod from the pod's own address: a pod that is an endpoint of the service it
+ * calls. That stays inside by itself. On lo its answers would not find it, for
+ * the kernel reports those of an own address by the device that has it.
+ */
+static __always_inline int has_source(struct bpf_sock *sk)
+{
+	if (load(&sk->family) == AF_INET)
+		return load(&sk->src_ip4) != 0;
+	return (load(&sk->src_ip6[0]) | load(&sk->src_ip6[1]) | load(&sk->src_ip6[2]) |
+		load(&sk->src_ip6[3])) != 0;
+}
+
+/*
  * The proxy delivers to an app of this pod. The mark makes the app's answers
  * (tcp_fwmark_accept) come back over lo although the client's own address is
  * their destination; the device tells sk_lookup not to capture this SYN again.
@@ -69,6 +83,8 @@ static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 {
 	char lo[] = "lo";
 
+	if (!has_source(sk))
+		return ALLOW;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo)))
 		return DENY;
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
