@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-BACKENDS = ("bpf", "nftables", "iptables")
+BACKENDS = ("bpf", "tc", "nftables", "iptables")
 FALLBACK = "fallback"
 # An emulated CPU is 10 to 20 times slower than the one the tests' own limits were chosen for.
 # Waiting ends when the awaited thing is there: patience costs a failure time, and nothing else.
@@ -36,10 +36,13 @@ _ELSEWHERE = (
     "tests/integration/test_security.py",
 )
 
+# The parameter, or the module; without what is around it, "tc" is in tcp and in match as well.
+_TC = "([tc- or -tc- or -tc] or [tc] or test_tc.py or test_tc_forwarded.py)"
 _SELECTION = {
-    "bpf": "bpf and not foreign",
-    "nftables": "nftables and not bpf",
-    "iptables": "not bpf and not nftables",
+    "bpf": f"bpf and not foreign and not {_TC}",
+    "tc": _TC,
+    "nftables": f"nftables and not bpf and not {_TC}",
+    "iptables": f"not bpf and not nftables and not {_TC}",
 }
 # An emulated second is dear, and half a minute of them go into an enrolment, which a module shares:
 # what both families and every kind of traffic do in one, without a thousand connections and one
@@ -51,6 +54,7 @@ _QUICK_TESTS = {
         "tests/intercept/test_bpf_dns.py::test_two_resolvers_on_one_socket",
         "tests/intercept/test_exclusions.py::test_a_port_is_excluded",
     ),
+    "tc": ("tests/integration/test_capture.py",),
     "nftables": ("tests/integration/test_capture.py",),
     "iptables": ("tests/integration/test_capture.py",),
 }

@@ -12,7 +12,7 @@ from .machine import Boot
 NOBPF = "nobpf"
 NAMES = (*SERIES, NOBPF)
 # (kernel, backend) that is not there, and has to say so.
-NOT_EXPECTED = frozenset({(NOBPF, "bpf")})
+NOT_EXPECTED = frozenset({(NOBPF, "bpf"), (NOBPF, "tc")})
 
 
 def boot(name: str) -> Boot:
