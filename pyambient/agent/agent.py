@@ -64,6 +64,7 @@ class Agent:
                 nursery.start_soon(watch_network, enrolled, refresh, inspect)
                 nursery.start_soon(self._free_when_gone, enrolled)
                 nursery.start_soon(self._attempt, self.enrolments.resume, enrolled)
+                nursery.start_soon(self._attempt, self.enrolments.tidy, enrolled)
                 await enrolled.freed.wait()
                 nursery.cancel_scope.cancel()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is in the log

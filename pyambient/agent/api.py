@@ -19,7 +19,6 @@ import trio
 
 from pyambient import __version__
 from pyambient.errors import PyambientError, UsageError
-from pyambient.intercept.options import CaptureOptions
 from pyambient.model.explained import Outcome
 from pyambient.observe.logs import get_logger
 
@@ -102,10 +101,10 @@ class Api:
 
     async def _enroll(self, request: Mapping[str, Any]) -> Any:
         fields = {field.name: field.default for field in dataclasses.fields(EnrolRequest)}
-        del fields["options"]
+        del fields["choices"]
         texts = {name: _text(request, name, default) for name, default in fields.items()}
-        chosen = CaptureOptions.from_json(_choices(request))
-        return describe(await self._enrolments.enrol(EnrolRequest(**texts, options=chosen)))
+        choices = _choices(request)
+        return describe(await self._enrolments.enrol(EnrolRequest(**texts, choices=choices)))
 
     async def _set(self, request: Mapping[str, Any]) -> Any:
         enrolled = self._enrolments.lookup(_text(request, "netns"))

@@ -23,6 +23,7 @@ from pyambient.zds.details import (
     Explain,
     PodDetails,
     Question,
+    Settle,
     Status,
     decode_answer,
     encode_question,
@@ -158,17 +159,28 @@ class DetailsServer:
 
         None if no proxy could be asked.
         """
-        left: list[int] = []
+        return await self._ask_all(Drain(uid, timeout), timeout)
 
-        async def drain(peer: DetailsPeer) -> None:
-            answer = await self._ask(peer, Drain(uid, timeout), timeout + EXCHANGE_TIMEOUT)
+    async def _ask_all(self, question: Question, timeout: float) -> int | None:  # noqa: ASYNC109  as in drain
+        """The sum of the numbers that the proxies answer; None if none does."""
+        numbers: list[int] = []
+
+        async def ask(peer: DetailsPeer) -> None:
+            answer = await self._ask(peer, question, timeout + EXCHANGE_TIMEOUT)
             if isinstance(answer, int):
-                left.append(answer)
+                numbers.append(answer)
 
         async with trio.open_nursery() as nursery:
             for peer in self._peers:
-                nursery.start_soon(drain, peer)
-        return sum(left) if left else None
+                nursery.start_soon(ask, peer)
+        return sum(numbers) if numbers else None
+
+    async def settle(self, uid: str, timeout: float) -> int | None:  # noqa: ASYNC109  as in drain
+        """Wait until the pod's present connections have ended; those left after `timeout` s.
+
+        None if no proxy could be asked.
+        """
+        return await self._ask_all(Settle(uid, timeout), timeout)
 
     async def status(self, uid: str) -> dict[str, Any] | None:
         """What the newest proxy says about the pod; None if there is none to ask."""

@@ -23,16 +23,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final
 
 import trio
 
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.choose import choose
-from pyambient.intercept.interface import Stage, Step
+from pyambient.intercept.interface import Site, Stage, Step
 from pyambient.intercept.runner import StepFailed, undo_stages
+from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 
 from .config import AgentSettings
@@ -47,10 +47,12 @@ from .interception import (
     planned,
     write,
 )
+from .kernel import KernelQueue
 from .leaks import describe_leaks, look_for_leaks
-from .locate import find, record_of, refuse_enrolled
+from .locate import find, record_of
 from .proxies import Proxies
 from .records import Record, RecordStore, State
+from .switch import Switch
 
 _PREPARING: Final = (Stage.PREPARE,)
 _CAPTURING: Final = (Stage.APPLY, Stage.STEER, Stage.GATE)
@@ -58,8 +60,6 @@ _STEERING: Final = (Stage.STEER, Stage.GATE)
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _ROLLBACK_TIMEOUT: Final = 30.0
 _log = get_logger("enrolment")
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class Enrolments:
@@ -76,7 +76,8 @@ class Enrolments:
         self._store = store
         self._proxies = proxies
         self._held = held
-        self._kernel = trio.CapacityLimiter(1)
+        self._kernel = KernelQueue()
+        self._switch = Switch(store, proxies, self._kernel)
         self._pods: dict[str, Enrolled] = {}
 
     def all(self) -> list[Enrolled]:
@@ -89,7 +90,12 @@ class Enrolments:
         return self._pods[record.pod.uid]
 
     async def enrol(self, request: EnrolRequest) -> Record:
-        """Enrol, or leave everything as it was and raise what went wrong."""
+        """Enrol, or leave everything as it was and raise what went wrong.
+
+        What is enrolled already is brought in line with the request: its backend, its choices.
+        """
+        if (known := self._holder(request.netns)) is not None:
+            return await self._enrol_again(known, request)
         enrolled = self._claim(request)
         async with enrolled.turn:
             try:
@@ -104,21 +110,66 @@ class Enrolments:
         self._held(enrolled)
         return enrolled.record
 
+    def _holder(self, netns: str) -> Enrolled | None:
+        """The pod that this namespace is enrolled as, or is being enrolled as."""
+        with Netns.open(netns) as opened:
+            return next((p for p in self._pods.values() if p.netns.key == opened.key), None)
+
     def _claim(self, request: EnrolRequest) -> Enrolled:
         """Open the namespace; nobody else can enrol it from here on."""
         claimed = Enrolled.opened(request)
-        try:
-            refuse_enrolled((pod.record for pod in self._pods.values()), claimed.netns)
-        except UsageError:
-            claimed.netns.close()
-            raise
         self._pods[claimed.uid] = claimed
         return claimed
+
+    async def _enrol_again(self, enrolled: Enrolled, request: EnrolRequest) -> Record:
+        request.refuse_other(enrolled.record)
+        async with enrolled.turn:
+            self._refuse_leaving(enrolled)
+            before = enrolled.record
+            options = before.options.changed(request.choices)
+            backend = request.backend or before.backend
+            plan = await self._switch.plan(enrolled, backend, self._site_of(before), options)
+            if plan.backend == before.backend:
+                return await self._change(enrolled, request.choices)
+            await self._check_newest_proxy(plan.backend)
+            await self._switch.to(enrolled, plan, options)
+        _log.info("switched", pod=str(before.pod), before=before.backend, now=plan.backend)
+        enrolled.switched.set()
+        return enrolled.record
+
+    async def _check_newest_proxy(self, backend: str) -> None:
+        if not await self._proxies.present(self._settings.proxy_timeout):
+            raise PyambientError(
+                "no proxy is connected to the agent",
+                "start one with 'pyambient proxy' or 'pyambient up'",
+            )
+        self._check_proxy(self._proxies.pids[-1], backend)
+
+    @staticmethod
+    def _refuse_leaving(enrolled: Enrolled) -> None:
+        record = enrolled.record
+        if record.state is not State.ENROLLED or enrolled.freed.is_set():
+            raise UsageError(f"{record.netns.label} is {record.state.value}", "enrol it first")
+
+    def _site_of(self, record: Record) -> Site:
+        """With its own cgroup, not ours of today: its programs are attached there."""
+        cgroup = Path(record.cgroup) if record.cgroup else None
+        return dataclasses.replace(self._settings.site, cgroup=cgroup)
+
+    async def tidy(self, enrolled: Enrolled) -> None:
+        """After each change of the backend, take away what its connections needed; for ever."""
+        while True:
+            if enrolled.record.leaving:
+                await self._switch.settle(enrolled, self._settings.drain_timeout)
+                async with enrolled.turn:
+                    await self._switch.tidy(enrolled)
+            await enrolled.switched.wait()
+            enrolled.switched = trio.Event()
 
     async def _enrol(self, enrolled: Enrolled) -> None:
         site = self._settings.site
         record = enrolled.record
-        plan = await self._in_kernel(
+        plan = await self._kernel.run(
             make_plan, enrolled.target, record.backend, site, record.options
         )
         self._write(enrolled, planned(record, plan, site))
@@ -132,7 +183,7 @@ class Enrolments:
 
     async def _apply(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
         chosen = [step for step in enrolled.record.steps if step.stage in stages]
-        await self._in_kernel(apply_recorded, enrolled, chosen, self._store)
+        await self._kernel.run(apply_recorded, enrolled, chosen, self._store)
 
     def _check_proxy(self, pid: int, backend: str) -> None:
         """The BPF programs know the proxy's sockets by the cgroup they were made in."""
@@ -161,8 +212,10 @@ class Enrolments:
 
     async def _free(self, enrolled: Enrolled, drain_timeout: float) -> int | None:
         uid, left = enrolled.uid, None
-        if enrolled.record.steps:
-            self._write(enrolled, enrolled.record.changed(state=State.DRAINING))
+        record = enrolled.record
+        if record.steps:
+            steps = (*record.leaving, *record.steps)
+            self._write(enrolled, record.changed(state=State.DRAINING, steps=steps, leaving=()))
             await self._undo(enrolled, _STEERING)
             left = await self._proxies.drain(uid, drain_timeout)
             await self._proxies.stop(uid)
@@ -173,7 +226,7 @@ class Enrolments:
     async def _undo(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
         steps = enrolled.record.steps
         try:
-            await self._in_kernel(undo_stages, enrolled.target, steps, stages)
+            await self._kernel.run(undo_stages, enrolled.target, steps, stages)
         except StepFailed as failure:
             self._write(enrolled, enrolled.record.changed(steps=failure.steps))
             raise
@@ -201,7 +254,7 @@ class Enrolments:
     async def _adopt(self, record: Record) -> None:
         netns = find(record.netns)
         if netns is None:
-            await self._in_kernel(free, record, self._store)
+            await self._kernel.run(free, record, self._store)
             _log.info("cleaned up after a pod that is gone", pod=str(record.pod))
             return
         enrolled = self._pods[record.pod.uid] = Enrolled(record, netns)
@@ -224,18 +277,20 @@ class Enrolments:
         Connections that live go on as they began. When it fails the former choices hold.
         """
         async with enrolled.turn:
-            before = enrolled.record
-            if before.state is not State.ENROLLED or enrolled.freed.is_set():
-                raise UsageError(f"{before.netns.label} is {before.state.value}", "enrol it first")
-            options = before.options.changed(choices)
-            self._write(enrolled, before.changed(options=options))
-            try:
-                await self._choose_anew(enrolled, options.dns, before.options.dns)
-            except (PyambientError, OSError):
-                self._write(enrolled, enrolled.record.changed(options=before.options))
-                with contextlib.suppress(PyambientError, OSError):
-                    await self._choose_anew(enrolled, before.options.dns, options.dns)
-                raise
+            self._refuse_leaving(enrolled)
+            return await self._change(enrolled, choices)
+
+    async def _change(self, enrolled: Enrolled, choices: Mapping[str, Any]) -> Record:
+        before = enrolled.record
+        options = before.options.changed(choices)
+        self._write(enrolled, before.changed(options=options))
+        try:
+            await self._choose_anew(enrolled, options.dns, before.options.dns)
+        except (PyambientError, OSError):
+            self._write(enrolled, enrolled.record.changed(options=before.options))
+            with contextlib.suppress(PyambientError, OSError):
+                await self._choose_anew(enrolled, before.options.dns, options.dns)
+            raise
         _log.info("changed", pod=str(before.pod), choices=" ".join(choices))
         return enrolled.record
 
@@ -260,7 +315,7 @@ class Enrolments:
         async with enrolled.turn:
             if enrolled.record.state is not State.ENROLLED or enrolled.freed.is_set():
                 return
-            if await self._in_kernel(has_drifted, enrolled, common):
+            if await self._kernel.run(has_drifted, enrolled, common):
                 await self._repair(enrolled)
 
     async def look_for_leaks(self, enrolled: Enrolled) -> None:
@@ -270,11 +325,11 @@ class Enrolments:
         async with enrolled.turn:
             if enrolled.record.state is State.ENROLLED and not enrolled.freed.is_set():
                 args = (enrolled.record, enrolled.netns, enrolled.leaks)
-                await self._in_kernel(look_for_leaks, *args)
+                await self._kernel.run(look_for_leaks, *args)
 
     async def leaks(self, enrolled: Enrolled) -> dict[str, Any] | None:
         """What the pod's guards saw, as JSON values; None where it has none."""
-        return await self._in_kernel(describe_leaks, enrolled.record, enrolled.leaks)
+        return await self._kernel.run(describe_leaks, enrolled.record, enrolled.leaks)
 
     async def _repair(self, enrolled: Enrolled) -> None:
         repairs = await self._refresh(enrolled)
@@ -287,11 +342,8 @@ class Enrolments:
         before = enrolled.record
         if before.state is not State.ENROLLED or enrolled.freed.is_set():
             return []
-        # Its own cgroup, not ours of today: its programs are attached there.
-        cgroup = Path(before.cgroup) if before.cgroup else None
-        site = dataclasses.replace(self._settings.site, cgroup=cgroup)
-        interceptor = await self._in_kernel(choose, before.backend, site)
-        repairs = await self._in_kernel(bring_up_to_date, enrolled, interceptor, self._store)
+        interceptor = await self._kernel.run(choose, before.backend, self._site_of(before))
+        repairs = await self._kernel.run(bring_up_to_date, enrolled, interceptor, self._store)
         if enrolled.record.addresses != before.addresses:
             addresses = " ".join(enrolled.record.addresses)
             _log.info("addresses changed", pod=str(before.pod), addresses=addresses)
@@ -300,9 +352,6 @@ class Enrolments:
 
     def _write(self, enrolled: Enrolled, record: Record) -> None:
         write(enrolled, record, self._store)
-
-    async def _in_kernel(self, work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
-        return await trio.to_thread.run_sync(partial(work, *args, **named), limiter=self._kernel)
 
     def __repr__(self) -> str:
         return f"<Enrolments {len(self._pods)} pods>"

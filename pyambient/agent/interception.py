@@ -72,13 +72,14 @@ def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore
     pod = enrolled.target
     with routing(pod.netns):
         for step in sorted(steps, key=lambda step: step.stage):
-            observed = _observed(pod, step)
-            _note(enrolled, observed, store)
-            (applied,) = apply_stages(pod, (observed,))
+            intended = observed(pod, step)
+            _note(enrolled, intended, store)
+            (applied,) = apply_stages(pod, (intended,))
             _note(enrolled, applied, store)
 
 
-def _observed(pod: Pod, step: Step) -> Step:
+def observed(pod: Pod, step: Step) -> Step:
+    """The step as it has to be on disk before it is applied."""
     return step.observed(pod) if isinstance(step, Restoring) else step
 
 
@@ -120,24 +121,30 @@ def bring_up_to_date(
     pod, record = enrolled.target, enrolled.record
     seen, enrolled.seen = fingerprint(pod.netns, record.steps), b""
     plan = interceptor.plan(pod, survey(pod.netns), record.options)
-    repairs = []
+    # What stays comes first: while steps are exchanged it must not be them that capture alone.
+    repairs = _put_back(enrolled, [s for s in record.steps if s in plan.steps], store)
     if plan.steps != record.steps:
         _change(enrolled, plan, store)
         repairs.append(Repair("network", "addresses or devices", "they are others than before"))
+        repairs += _put_back(enrolled, enrolled.record.steps, store)
     if addresses_of(plan) != record.addresses:
         write(enrolled, enrolled.record.changed(addresses=addresses_of(plan)), store)
-    gone = lost(pod, enrolled.record.steps)
-    apply_recorded(enrolled, [step for step, _ in gone], store)
-    repairs += [Repair(step.kind, name_of(step), why) for step, why in gone]
     if not repairs:
         enrolled.seen = seen
     return repairs
 
 
+def _put_back(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore) -> list[Repair]:
+    """Apply again what has got lost of these."""
+    gone = lost(enrolled.target, steps)
+    apply_recorded(enrolled, [step for step, _ in gone], store)
+    return [Repair(step.kind, name_of(step), why) for step, why in gone]
+
+
 def _change(enrolled: Enrolled, plan: Plan, store: RecordStore) -> None:
     """Turn the recorded steps into the plan's; the record holds both while that goes on."""
     pod, record = enrolled.target, enrolled.record
-    added = [_observed(pod, step) for step in plan.steps if step not in record.steps]
+    added = [observed(pod, step) for step in plan.steps if step not in record.steps]
     both = {step: step for step in (*record.steps, *added)}
     write(enrolled, record.changed(steps=tuple(both)), store)
     known = dataclasses.replace(plan, steps=tuple(both[step] for step in plan.steps))
@@ -157,7 +164,7 @@ def free(record: Record, store: RecordStore) -> None:
     nothing to undo.
     """
     with find(record.netns) or Netns.empty() as netns:
-        undo_stages(Pod(record.pod.uid, netns), record.steps)
+        undo_stages(Pod(record.pod.uid, netns), (*record.leaving, *record.steps))
     store.remove(record.pod.uid)
 
 

@@ -58,6 +58,10 @@ class Proxies:
         """Have the pod's connections finished; how many are left, None if that is unknown."""
         return await self._details.drain(uid, timeout)
 
+    async def settle(self, uid: str, timeout: float) -> int | None:  # noqa: ASYNC109  as in drain
+        """Wait for the pod's present connections; how many are left, None if that is unknown."""
+        return await self._details.settle(uid, timeout)
+
     async def stop(self, uid: str) -> None:
         """Have every proxy close the pod's listeners."""
         await self._zds.remove(uid)

@@ -84,7 +84,10 @@ def cookie_of(netns: Netns) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of one pod's enrolment; `steps` are in the order of their application."""
+    """What is known of one pod's enrolment; `steps` are in the order of their application.
+
+    `leaving` are those of a former backend that connections from its time still need.
+    """
 
     pod: PodRef
     netns: NetnsRef
@@ -94,6 +97,7 @@ class Record:
     addresses: tuple[str, ...] = ()
     cgroup: str | None = None
     options: CaptureOptions = DEFAULTS
+    leaving: tuple[Step, ...] = ()
 
     def changed(self, **fields: Any) -> Record:
         return dataclasses.replace(self, **fields)
@@ -109,6 +113,7 @@ class Record:
             "addresses": list(self.addresses),
             "cgroup": self.cgroup,
             "options": self.options.to_json(),
+            "leaving": to_record(self.leaving),
         }
 
     @classmethod
@@ -128,6 +133,7 @@ class Record:
             tuple(fields["addresses"]),
             fields["cgroup"],
             CaptureOptions.from_json(fields["options"]),
+            from_record(fields["leaving"]),
         )
 
 

@@ -14,6 +14,7 @@ import click
 
 from pyambient.agent.config import AgentSettings
 from pyambient.errors import PyambientError
+from pyambient.intercept.options import BACKENDS
 
 from .options import (
     cgroup_option,
@@ -64,7 +65,7 @@ def command(ctx: click.Context, /, *, cgroup: Path | None, output: str) -> None:
     findings = [*_machine(), *_bpf(existing_cgroup(cgroup)), *_netfilter()]
     backends = {
         group: all(f.present for f in findings if f.group in ("machine", group) and f.needed)
-        for group in ("bpf", "tc", "nftables", "iptables")
+        for group in BACKENDS
     }
     if output == "json":
         items = [dataclasses.asdict(finding) for finding in findings]

@@ -10,8 +10,7 @@ import click
 from pyambient.agent.client import ask
 from pyambient.agent.config import AgentSettings, RunDir
 from pyambient.agent.locate import path_of
-from pyambient.errors import UsageError
-from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.options import BACKENDS
 
 from .capture import capture_options
 from .options import (
@@ -34,15 +33,13 @@ from .options import (
     ),
 )
 @click.argument("netns")
-@click.option("--namespace", required=True, help="The namespace of its identity.")
-@click.option("--service-account", required=True, help="The service account of its identity.")
-@click.option("--name", help="The workload's name.  [default: the name of the netns]")
+@click.option("--namespace", default="", help="The namespace of its identity.")
+@click.option("--service-account", default="", help="The service account of its identity.")
+@click.option("--name", default="", help="The workload's name.  [default: the netns's]")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "bpf", "tc", "nftables", "iptables"]),
-    default="auto",
-    show_default=True,
-    help="How its traffic is captured.",
+    type=click.Choice(["auto", *BACKENDS]),
+    help="How its traffic is captured.  [default: auto, or as it is]",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done; no agent is needed.")
 @capture_options
@@ -56,8 +53,8 @@ def command(  # noqa: PLR0913 - a parameter for each option
     netns: str,
     namespace: str,
     service_account: str,
-    name: str | None,
-    backend: str,
+    name: str,
+    backend: str | None,
     dry_run: bool,
     cgroup: Path | None,
     options: dict[str, Any],
@@ -68,22 +65,24 @@ def command(  # noqa: PLR0913 - a parameter for each option
     goes through the proxy, and so does what connects to them, unless the options below leave it
     out. A list is as 22,8000-8100 or 10.0.0.0/8,fd00::1, or @FILE. --cgroup counts for --dry-run
     only: otherwise it is the agent's.
+
+    A namespace that is enrolled already is brought in line: it gets the backend and the options
+    that are named, and keeps all others. Its connections go on.
     """
     require_root("enroll")
     run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
     request = {
         "netns": path_of(netns),
-        "name": name or _name_of(netns),
+        "name": name,
         "namespace": namespace,
         "service_account": service_account,
-        "backend": backend,
+        "backend": backend or "",
     }
-    chosen = CaptureOptions.from_json(options)
     if dry_run:
         settings = AgentSettings(run_dir, existing_cgroup(cgroup))
-        click.echo(_dry_run(settings, chosen, **request), nl=False)
+        click.echo(_dry_run(settings, options, **request), nl=False)
         return
-    pod = ask(run_dir, "enroll", **request, options=chosen.to_json())
+    pod = ask(run_dir, "enroll", **request, options=options)
     addresses = " ".join(pod["addresses"]) or "no address yet"
     click.echo(
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
@@ -91,21 +90,16 @@ def command(  # noqa: PLR0913 - a parameter for each option
     )
 
 
-def _name_of(netns: str) -> str:
-    if netns.startswith(("pid:", "fd:")):
-        raise UsageError(f"{netns} has no name to be known by", "give it one with --name")
-    return Path(netns).name
-
-
-def _dry_run(settings: AgentSettings, options: CaptureOptions, **request: str) -> str:
+def _dry_run(settings: AgentSettings, choices: dict[str, Any], **request: str) -> str:
     """What the enrolment would add, after the checks that come before it."""
     from pyambient.agent.enrolled import Enrolled, EnrolRequest  # noqa: PLC0415 - loads trio
     from pyambient.agent.interception import make_plan  # noqa: PLC0415 - loads the backends
     from pyambient.agent.locate import refuse_enrolled  # noqa: PLC0415 - beside its caller
     from pyambient.agent.records import RecordStore  # noqa: PLC0415 - beside its caller
 
-    pod = Enrolled.opened(EnrolRequest(**request, options=options))
+    pod = Enrolled.opened(EnrolRequest(**request, choices=choices))
     with pod.netns:
         records, _ = RecordStore(settings.run_dir.pods).readable()
         refuse_enrolled(records, pod.netns)
-        return make_plan(pod.target, request["backend"], settings.site, options).render()
+        record = pod.record
+        return make_plan(pod.target, record.backend, settings.site, record.options).render()

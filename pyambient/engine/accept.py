@@ -40,6 +40,10 @@ class Listener:
         sock.setblocking(False)
         loop.watch(sock.fileno(), self._on_events, IN)
 
+    def set_mark(self, mark: int) -> None:
+        """Give what it accepts from now on this SO_MARK; with 0 the kernel chooses one."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+
     def _on_events(self, _mask: int) -> None:
         """Accept as many as came last time, twice that if they were all there.
 

@@ -85,21 +85,23 @@ class Bpf:
         routing = delivery(network, connects=True)
         routes = [step for step in routing if isinstance(step, Route)]
         sysctls = FOR_ANSWERS + (FOR_ANSWERS_IPV6 if network.has_ipv6 else ())
+        # An address in the map has the proxy's SYNs to it marked: what delivers the answers comes
+        # before it, and is undone after it.
         steps: tuple[Step, ...] = (
             NodeStep(
                 *(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
                 *(str(self._probe_cgroup), self._constants.node),
             ),
             ReservedPorts(),
-            *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
+            *(Sysctl(name, "1") for name in sysctls),
             *routing,
+            *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
             *(_dns(self._bpffs, cookie, routes) if options.dns else ()),
             *(
                 CapturedDevice(self._bpffs, cookie, r.ipv6, r.device, r.source, r.metric)
                 for r in routes
             ),
             *selection_entries(self._bpffs, cookie, options),
-            *(Sysctl(name, "1") for name in sysctls),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
             ProxyListeners(self._bpffs, str(self._cgroup), cookie),
             SkLookup(self._bpffs, cookie, by_ifindex),

@@ -14,6 +14,7 @@ from .bpf import Bpf
 from .interface import Interceptor, Site
 from .iptables import Iptables
 from .nftables import Nftables
+from .options import BACKENDS
 from .preflight import check_cgroup
 from .tc import Tc
 
@@ -24,8 +25,10 @@ def choose(name: str, site: Site, netns: Netns | None = None) -> Interceptor:
     For the pod of `netns` it takes `bpf` only if its hooks see all processes there. PyambientError
     if the backend that was asked for does not work. `iptables` is the last resort, and not tried.
     """
-    if name not in BACKENDS:
-        raise UsageError(f"there is no backend {name!r}", f"choose one of {', '.join(BACKENDS)}")
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(
+            f"there is no backend {name!r}", f"choose one of auto, {', '.join(BACKENDS)}"
+        )
     if name in _TRIED:
         return _TRIED[name](site)
     if name == "auto":
@@ -60,10 +63,8 @@ def _nftables(_: Site) -> Interceptor:
     return Nftables()
 
 
-# In the order of preference.
 _TRIED: Final[dict[str, Callable[[Site], Interceptor]]] = {
     "bpf": _bpf,
     "tc": _tc,
     "nftables": _nftables,
 }
-BACKENDS: Final = ("auto", *_TRIED, "iptables")

@@ -90,10 +90,26 @@ class Route:
             raise OSError(errno.ENODEV, f"there is no device {self.device}")
         fields = self._fields(index)
         added = request(pod.netns, lambda kernel: kernel.route("add", **fields), {errno.EEXIST})
-        # IPv4 says EEXIST for any route of this metric, whatever its device and source.
+        # The kernel says EEXIST for any route of this metric, whatever its device and source.
         if not added and self.missing(pod):
-            raise FileExistsError(errno.EEXIST, f"table {self.table} holds another such route")
+            self._replace(pod, fields)
         return self
+
+    def _replace(self, pod: Pod, fields: dict[str, Any]) -> None:
+        """Go to the place of one of our form; what is of another form is somebody else's."""
+        routes = _routes_in(pod.netns, type(self), ipv6=self.ipv6)
+        if not any(route is not None and route.metric == self.metric for route in routes):
+            raise FileExistsError(errno.EEXIST, f"table {self.table} holds another such route")
+        request(pod.netns, lambda kernel: kernel.route("replace", **fields), ())
+
+    def takes_over(self, earlier: Step) -> bool:
+        """One of the same metric: the kernel exchanges them at one moment."""
+        return (
+            isinstance(earlier, Route)
+            and self.kind == earlier.kind
+            and (self.ipv6, self.metric) == (earlier.ipv6, earlier.metric)
+            and self != earlier
+        )
 
     def undo(self, pod: Pod) -> None:
         index = self._device_index(pod)
@@ -200,12 +216,16 @@ class UnreachableRule(_MarkRule):
 def delivery(network: PodNetwork, *, connects: bool) -> tuple[Step, ...]:
     """What delivers the mark inside the pod, for each family it has.
 
-    `connects` tells that apps' own sockets carry the mark, so that routes choose the source and
-    device-bound sockets count; without it only replies do, and the route by lo is enough.
+    `connects` tells that apps' own sockets carry the mark, so that the source must be chosen and
+    device-bound sockets count; without it only replies do, and the route by lo is enough. It is the
+    same one wherever possible: a pod may change over from one kind of backend to the other.
     """
     steps: list[Step] = []
     for ipv6 in (False, True) if network.has_ipv6 else (False,):
-        steps += _routes(network, ipv6=ipv6) if connects else [_by_loopback(None, ipv6=ipv6)]
+        if connects:
+            steps += _routes(network, ipv6=ipv6)
+        else:
+            steps.append(_by_loopback(network.primary(ipv6=ipv6), ipv6=ipv6))
         steps += [Rule(ipv6), UnreachableRule(ipv6)] if connects else [Rule(ipv6)]
     return tuple(steps)
 

@@ -38,17 +38,21 @@ _NFT_MSG_GETGEN: Final = 10 << 8 | 16
 _SOL_NETLINK, _STRICT_CHECK = 270, 12
 _HEADER: Final = struct.Struct("=IHHII")
 _FAMILY: Final = struct.Struct("=B11x")
-_TABLE: Final = struct.pack("=HHI", 8, 15, ROUTE_TABLE)  # RTA_TABLE
+_RTA_TABLE: Final = 15
+_LOCAL_TABLE: Final = 255
 _BUFFER: Final = 64 << 10
 _MOST_MESSAGES: Final = 4096
-_ROUTING: Final = frozenset(("route", "rule", "unreachable-rule"))
+_SLOT_ROUTE: Final = "slot-route"
+_ROUTING: Final = frozenset(("route", "rule", "unreachable-rule", _SLOT_ROUTE))
 _SYSCTLS: Final = frozenset(("sysctl", "reserved-ports"))
 _NETFILTER: Final = ("iptables-", "nftables-")
+_ON_THE_NODE: Final = "-probe-source"
 
 
 def tells(step: Step) -> bool:
     """Whether a fingerprint changes when this step is lost."""
-    return step.kind in _ROUTING | _SYSCTLS or step.kind.startswith(_NETFILTER)
+    of_netfilter = step.kind.startswith(_NETFILTER) and not step.kind.endswith(_ON_THE_NODE)
+    return of_netfilter or step.kind in _ROUTING | _SYSCTLS
 
 
 def fingerprint(netns: Netns, steps: Iterable[Step]) -> bytes:
@@ -63,7 +67,8 @@ def fingerprint(netns: Netns, steps: Iterable[Step]) -> bytes:
 def _parts(netns: Netns, steps: list[Step]) -> Iterator[bytes]:
     kinds = {step.kind for step in steps}
     if kinds & _ROUTING:
-        yield from _routing(netns)
+        tables = (ROUTE_TABLE, _LOCAL_TABLE) if _SLOT_ROUTE in kinds else (ROUTE_TABLE,)
+        yield from _routing(netns, tables)
     if kinds & _SYSCTLS:
         yield from _sysctls(netns, steps)
     if any(kind.startswith(_NETFILTER) for kind in kinds):
@@ -83,14 +88,16 @@ def _sysctls(netns: Netns, steps: list[Step]) -> list[bytes]:
     return values
 
 
-def _routing(netns: Netns) -> Iterator[bytes]:
-    """The rules of both families, and the routes of our table."""
+def _routing(netns: Netns, tables: tuple[int, ...]) -> Iterator[bytes]:
+    """The rules of both families, and the routes of the tables that ours are in."""
     with netns.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
         # Linux 4.20: the kernel picks the table's routes out, not we.
         kernel.setsockopt(_SOL_NETLINK, _STRICT_CHECK, 1)
         for family in (socket.AF_INET, socket.AF_INET6):
             yield _ask(kernel, _RTM_GETRULE, _DUMP, _FAMILY.pack(family))
-            yield _ask(kernel, _RTM_GETROUTE, _DUMP, _FAMILY.pack(family) + _TABLE)
+            for table in tables:
+                chosen = struct.pack("=HHI", 8, _RTA_TABLE, table)
+                yield _ask(kernel, _RTM_GETROUTE, _DUMP, _FAMILY.pack(family) + chosen)
 
 
 def _generation(netns: Netns) -> bytes:

@@ -1,22 +1,25 @@
-"""The proxy's listeners of a pod, put by hand into the map where sockops could not put them.
+"""The proxy's sockets of a pod, made known by hand where the programs could not see them made.
 
 General theory of operation
 ---------------------------
-A sockops program notes each listener of the proxy when it starts to listen. It cannot note one
-that listened before the program was there, and an entry that is taken out of the map does not
-come back by itself: to listen once more on a listening socket tells sockops nothing. So the socket
-itself is fetched: /proc/net/tcp names its inode, the processes of the proxy's cgroup are searched
-for it, and pidfd_getfd (Linux 5.6) makes it ours for long enough to put it in its place. The proxy
-need not know. That it is the proxy's is noted on the socket as well, for connections it accepts.
+A sockops program notes each listener of the proxy when it starts to listen, a sock_create program
+each of its sockets. Neither knows what was there before it: a pod that changes over from another
+backend, or lost its programs. Nor does an entry that was taken out of the map come back by itself:
+to listen once more on a listening socket tells sockops nothing. So the sockets themselves are
+fetched. The processes of the proxy's cgroup are searched for those of this pod, and pidfd_getfd
+(Linux 5.6) makes each of them ours for long enough to note it. The proxy need not know.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import itertools
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -27,9 +30,11 @@ from pyambient.netns import Netns
 
 from .bpf_node import existing_map, node_map
 from .interface import Pod, Stage, step
+from .kernel_objects import Map
 
 _PORTS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
 _SYS_PIDFD_GETFD: Final = 438  # on every architecture
+_SIOCGSKNS: Final = 0x894C
 _LISTENING: Final = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 _MOST_LISTENERS: Final = 4096
 _START_TIME: Final = 19  # of /proc/PID/stat, counted from behind the command
@@ -40,7 +45,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @step
 @dataclass(frozen=True, slots=True)
 class ProxyListeners:
-    """The entries of one pod; nothing is missing where no proxy listens."""
+    """What is known of one pod's; nothing is missing where no proxy listens."""
 
     kind: ClassVar[str] = "bpf-listeners"
     stage: ClassVar[Stage] = Stage.STEER
@@ -50,16 +55,27 @@ class ProxyListeners:
     cookie: int
 
     def describe(self) -> str:
-        return "bpf map listeners += those that listened before, by pidfd_getfd"
+        return "bpf maps listeners, proxy_sockets += those from before, by pidfd_getfd"
 
     def apply(self, pod: Pod) -> Self:
-        for port, (pid, number) in self._lost(pod).items():
-            listener = _fetch(pid, number)
-            try:
-                self._note(port, listener)
-            finally:
-                os.close(listener)
+        if lost := self._lost(pod):
+            self._note_sockets(pod)
+        for port, place in lost.items():
+            with _fetched(*place) as listener, self._map("listeners") as listeners:
+                listeners.put(self._key(port), struct.pack("=Q", listener))
         return self
+
+    def _note_sockets(self, pod: Pod) -> None:
+        """Note on every socket that the proxy has in the pod that it is the proxy's.
+
+        Those it keeps in stock for its next connections would else be taken for an app's.
+        """
+        places = _held_sockets(_processes(self._proxies)).values()
+        with self._map("proxy_sockets") as noted:
+            for place in places:
+                with contextlib.suppress(OSError), _fetched(*place) as proxys:
+                    if _netns_inode(proxys) == pod.netns.inode:
+                        noted.put(struct.pack("=i", proxys), struct.pack("=Q", self.cookie))
 
     def undo(self, pod: Pod) -> None:
         """Leave the entries, which go with their sockets."""
@@ -77,13 +93,6 @@ class ProxyListeners:
             found = (p for p in RESERVED_PORTS if listeners.get(self._key(p)) is not None)
             return frozenset(found)
 
-    def _note(self, port: int, listener: int) -> None:
-        bpffs = Path(self.bpffs)
-        with existing_map(bpffs, "proxy_sockets") as sockets:
-            sockets.put(struct.pack("=i", listener), struct.pack("=Q", self.cookie))
-        with existing_map(bpffs, "listeners") as listeners:
-            listeners.put(self._key(port), struct.pack("=Q", listener))
-
     def _lost(self, pod: Pod) -> dict[int, tuple[int, int]]:
         """The listeners that are not in the map: {port: (pid of the proxy, its descriptor)}."""
         listeners = node_map(Path(self.bpffs), "listeners")
@@ -93,7 +102,7 @@ class ProxyListeners:
             absent = [port for port in _PORTS if listeners.get(self._key(port)) is None]
         if not absent:
             return {}
-        held = _held_sockets(_processes(Path(self.cgroup, "pyambient-proxy")))
+        held = _held_sockets(_processes(self._proxies))
         if not held:
             return {}  # no proxy: the walk through all sockets of the node can be spared
         found = {port: inode for port, inode in listening(pod.netns) if inode in held}
@@ -101,6 +110,13 @@ class ProxyListeners:
 
     def _key(self, port: int) -> bytes:
         return struct.pack("=QII", self.cookie, port, 0)
+
+    def _map(self, name: str) -> Map:
+        return existing_map(Path(self.bpffs), name)
+
+    @property
+    def _proxies(self) -> Path:
+        return Path(self.cgroup, "pyambient-proxy")
 
 
 def _processes(cgroup: Path) -> list[int]:
@@ -154,17 +170,34 @@ def _read_listening(table: Path) -> list[tuple[int, int]]:
     return found
 
 
-def _fetch(pid: int, number: int) -> int:
-    """A copy of another process's descriptor; PyambientError where that is forbidden."""
+def _netns_inode(sock: int) -> int:
+    """Of the namespace that a socket lives in (Linux 4.10)."""
+    netns = fcntl.ioctl(sock, _SIOCGSKNS)
+    try:
+        return os.fstat(netns).st_ino
+    finally:
+        os.close(netns)
+
+
+@contextlib.contextmanager
+def _fetched(pid: int, number: int) -> Iterator[int]:
+    """A copy of another process's descriptor.
+
+    OSError where it is gone meanwhile, PyambientError where fetching is forbidden.
+    """
     process = os.pidfd_open(pid)
     try:
         copy = int(_libc.syscall(_SYS_PIDFD_GETFD, process, number, 0))
+        code = ctypes.get_errno()
     finally:
         os.close(process)
-    if copy < 0:
-        reason = os.strerror(ctypes.get_errno())
+    if copy < 0 and code == errno.EPERM:
         raise PyambientError(
-            f"the listeners of the proxy (pid {pid}) cannot be fetched: {reason}",
-            "restart the proxy",
+            f"the sockets of the proxy (pid {pid}) cannot be fetched", "restart the proxy"
         )
-    return copy
+    if copy < 0:
+        raise OSError(code, os.strerror(code))
+    try:
+        yield copy
+    finally:
+        os.close(copy)

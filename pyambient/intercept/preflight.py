@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from pyambient.errors import NeedsRoot, PyambientError, UnsupportedFeature, UsageError
@@ -22,7 +22,7 @@ from pyambient.model.numbers import (
 from pyambient.netns import Netns
 
 from .fib import foreign
-from .interface import Pod, Site
+from .interface import Pod, Site, Step
 from .iptables_tools import legacy_tables, tool
 from .mounts import is_on
 from .nf_tables import NFPROTO_UNSPEC, chains
@@ -45,10 +45,11 @@ _LISTENERS: Final = (
 )
 
 
-def preflight(pod: Pod, site: Site, backend: str) -> None:
+def preflight(pod: Pod, site: Site, backend: str, recorded: Collection[Step] = ()) -> None:
     """Raise the PyambientError that keeps this pod from being enrolled with this backend.
 
-    Nothing is changed. That the pod is not enrolled yet is for the caller to know.
+    Nothing is changed. `recorded` is what an enrolment by another backend has added: that is not
+    in the way, and the listeners are the proxy's then.
     """
     if os.geteuid() != 0:
         raise NeedsRoot("enroll")
@@ -56,9 +57,10 @@ def preflight(pod: Pod, site: Site, backend: str) -> None:
     _check_loopback(pod.netns)
     if backend == "bpf":
         check_cgroup(pod.netns, site)
-    _check_ports(pod.netns)
-    _check_chains(pod.netns, backend)
-    _check_routing(pod.netns)
+    if not recorded:
+        _check_ports(pod.netns)
+    _check_chains(pod.netns, backend, {step.kind.partition("-")[0] for step in recorded})
+    _check_routing(pod.netns, recorded)
 
 
 def _check_not_the_host(netns: Netns) -> None:
@@ -158,8 +160,11 @@ def _bind(netns: Netns, kind: int, port: int) -> None:
         probe.bind((host, port))
 
 
-def _check_chains(netns: Netns, backend: str) -> None:
-    found = [*_foreign_chains(netns, backend), *_foreign_legacy_chains(netns)]
+def _check_chains(netns: Netns, backend: str, recorded: Collection[str]) -> None:
+    """`recorded` holds the backends whose rules are there by a record of ours."""
+    found = _foreign_chains(netns, backend, recorded)
+    if "iptables" not in recorded:
+        found += _foreign_legacy_chains(netns)
     if found:
         raise PyambientError(
             f"{netns.name} has rules of another mesh: {', '.join(found[:_NAMED_AT_MOST])}",
@@ -167,7 +172,7 @@ def _check_chains(netns: Netns, backend: str) -> None:
         )
 
 
-def _foreign_chains(netns: Netns, backend: str) -> list[str]:
+def _foreign_chains(netns: Netns, backend: str, recorded: Collection[str]) -> list[str]:
     """Istio's, whichever of its backends made them: iptables-nft, or its own nftables tables.
 
     Our own tables without a record are in the way of every backend but the one that replaces them.
@@ -176,12 +181,13 @@ def _foreign_chains(netns: Netns, backend: str) -> list[str]:
         present = chains(netns, NFPROTO_UNSPEC)
     except UnsupportedFeature:
         return []
+    our_tables = backend == "nftables" or "nftables" in recorded
     return [
         f"{chain.table} {chain.name}"
         for chain in present
-        if chain.name.startswith("ISTIO_")
+        if (chain.name.startswith("ISTIO_") and "iptables" not in recorded)
         or chain.table.startswith("istio-ambient-")
-        or (chain.table == TABLE and backend != "nftables")
+        or (chain.table == TABLE and not our_tables)
     ]
 
 
@@ -195,8 +201,8 @@ def _foreign_legacy_chains(netns: Netns) -> list[str]:
     return found
 
 
-def _check_routing(netns: Netns) -> None:
-    found = foreign(netns)
+def _check_routing(netns: Netns, recorded: Iterable[Step]) -> None:
+    found = foreign(netns, recorded)
     if found:
         raise PyambientError(
             f"{netns.name} has {found[0]} that is not ours",

@@ -8,7 +8,7 @@ import socket
 from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.netns import Netns
 
-from .interface import Interceptor, Pod, PodAddress, PodNetwork
+from .interface import Interceptor, Pod, PodNetwork
 from .nftables import Nftables
 from .rtnetlink import request
 from .runner import StepFailed, apply_stages, undo_stages
@@ -21,11 +21,10 @@ def try_out(interceptor: Interceptor, *, ipv6: bool) -> None:
 
     It has IPv4 in any case.
     """
-    own = PodAddress("fd00::1" if ipv6 else "10.0.0.1", "eth0")
     with Netns.empty() as netns:
         request(netns, lambda kernel: kernel.link("set", index=_LO_INDEX, state="up"), ())
         pod = Pod("scratch", netns)
-        plan = interceptor.plan(pod, PodNetwork((own,), (), has_ipv6=ipv6))
+        plan = interceptor.plan(pod, PodNetwork((), (), has_ipv6=ipv6))
         undo_stages(pod, apply_stages(pod, plan.steps))
 
 

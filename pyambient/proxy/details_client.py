@@ -1,7 +1,7 @@
 """The proxy's end of the details channel: a trio client that answers the agent's questions.
 
-Descriptions are taken in their order; a drain may take half a minute and runs beside them.
-A lost connection cancels running drains; the agent that returns asks again.
+Descriptions are taken in their order; what waits (a drain may take half a minute) runs beside
+them. A lost connection cancels it; the agent that returns asks again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pyambient.zds.details import (
     Explain,
     PodDetails,
     Question,
+    Settle,
     Status,
     decode_question,
     encode_answer,
@@ -42,6 +43,9 @@ class DetailsHandler(Protocol):
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109  the agent's number, waited out by the proxy
         """Stop accepting, say GOAWAY, wait up to `timeout` seconds; the connections left."""
+
+    async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109  as in drain
+        """Wait up to `timeout` seconds for the present connections to end; those left."""
 
     def status(self, uid: str) -> dict[str, Any]:
         """What to show about the pod, as JSON values."""
@@ -82,9 +86,9 @@ class _Conversation:
                 while packet := await self._receive():
                     heard = True
                     number, question = decode_question(packet)
-                    if isinstance(question, Drain):
+                    if isinstance(question, Drain | Settle):
                         await self._room.acquire()
-                        nursery.start_soon(self._drain, number, question)
+                        nursery.start_soon(self._wait, number, question)
                     else:
                         await self._answer(number, question)
                 nursery.cancel_scope.cancel()
@@ -98,7 +102,7 @@ class _Conversation:
             raise DetailsError("a truncated packet")
         return packet
 
-    async def _drain(self, number: int, question: Drain) -> None:
+    async def _wait(self, number: int, question: Drain | Settle) -> None:
         try:
             await self._answer(number, question)
         finally:
@@ -118,6 +122,8 @@ class _Conversation:
                 return self._handler.describe(uid, details)
             case Drain(uid, timeout):
                 return await self._handler.drain(uid, timeout)
+            case Settle(uid, timeout):
+                return await self._handler.settle(uid, timeout)
             case Status(uid):
                 return self._handler.status(uid)
             case Explain():

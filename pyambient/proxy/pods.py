@@ -35,7 +35,7 @@ from .inbound import Inbound
 from .outbound import Outbound
 from .plaintext import Plaintext
 from .pool import Pool
-from .worker import PodScope, Worker
+from .worker import NETFILTER_BACKENDS, PodScope, Worker
 
 _log = get_logger("pods")
 # What an agent that knows no details gets, as in ztunnel: connections end this long after Del.
@@ -89,6 +89,10 @@ class Pod:
     def describe(self, details: PodDetails) -> None:
         """How the pod is intercepted has changed."""
         before, self.scope.details = self.scope.details, details
+        if (before.backend in NETFILTER_BACKENDS) != self.scope.netfilter:
+            for listener in self._listeners:
+                listener.set_mark(sockets.listener_mark(netfilter=self.scope.netfilter))
+            self._stop_forwarding()
         if (before.backend, before.dns) != (details.backend, details.dns):
             self._forward_dns()
 
@@ -148,6 +152,13 @@ class Pod:
         self._pool.close(reason)
         if self.scope.nursery is not None:
             self.scope.nursery.cancel_scope.cancel()
+
+    async def settle(self, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
+        """Wait until the present connections are over; the number of those that are not."""
+        present = list(self.scope.live)
+        with trio.move_on_after(timeout):
+            await self.scope.wait_for(present)
+        return sum(connection in self.scope.live for connection in present)
 
     def status(self) -> dict[str, Any]:
         scope = self.scope
@@ -254,6 +265,11 @@ class Pods:
         """Drain a pod; the number of connections left when the time was up."""
         pod = self._pods.get(uid)
         return 0 if pod is None else await pod.drain(timeout)
+
+    async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
+        """Let a pod's present connections end; the number left when the time was up."""
+        pod = self._pods.get(uid)
+        return 0 if pod is None else await pod.settle(timeout)
 
     def status(self, uid: str) -> dict[str, Any]:
         pod = self._pods.get(uid)

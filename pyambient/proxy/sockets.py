@@ -57,6 +57,11 @@ def set_transparent(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
 
 
+def listener_mark(*, netfilter: bool) -> int:
+    """The SO_MARK of the pod's TCP listeners."""
+    return PROXY_MARK if netfilter else 0
+
+
 def listener(netns: Netns, port: int, *, netfilter: bool) -> socket.socket:
     """A listener on every address of the pod, both families where the kernel has IPv6.
 
@@ -64,7 +69,8 @@ def listener(netns: Netns, port: int, *, netfilter: bool) -> socket.socket:
     """
     for family, wildcard in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104 - in the pod
         try:
-            return _listen(netns, family, (wildcard, port), marked=netfilter)
+            mark = listener_mark(netfilter=netfilter)
+            return _listen(netns, family, (wildcard, port), mark)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PyambientError(
@@ -75,11 +81,11 @@ def listener(netns: Netns, port: int, *, netfilter: bool) -> socket.socket:
     raise AssertionError("unreachable")
 
 
-def _listen(netns: Netns, family: int, address: tuple[str, int], *, marked: bool) -> socket.socket:
+def _listen(netns: Netns, family: int, address: tuple[str, int], mark: int) -> socket.socket:
     sock = netns.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        if marked:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+        if mark:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         set_transparent(sock)

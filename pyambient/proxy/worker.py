@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -135,6 +135,7 @@ class PodScope:
     datagram_stock: Stock = field(init=False)
     _described: tuple[Workload | None, str] = (None, "")
     idle: trio.Event = field(default_factory=trio.Event)
+    _waiting: set[trio.Event] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.identity = self.pod.identity(self.worker.trust_domain)
@@ -208,6 +209,8 @@ class PodScope:
         self.budget.give(self.live.pop(connection, 0))
         if not self.live:
             self.idle.set()
+        for event in self._waiting:
+            event.set()
         self.worker.access_log.complete(record)
 
     async def wait_idle(self) -> None:
@@ -215,6 +218,16 @@ class PodScope:
         while self.live:
             self.idle = trio.Event()
             await self.idle.wait()
+
+    async def wait_for(self, connections: Collection[Live]) -> None:
+        """Wait until all of these proxied connections are over, whatever others there are."""
+        while any(connection in self.live for connection in connections):
+            one_is_over = trio.Event()
+            self._waiting.add(one_is_over)
+            try:
+                await one_is_over.wait()
+            finally:
+                self._waiting.remove(one_is_over)
 
     def __repr__(self) -> str:
         return f"<PodScope {self.pod}, {len(self.live)} connections>"

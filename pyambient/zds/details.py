@@ -9,6 +9,7 @@ of another make never connects here, and is served by ZDS alone.
     {"id": 2, "drain": "<uid>", "timeout": 30.0}
     {"id": 3, "status": "<uid>"}
     {"id": 4, "explain": "<uid>", "to": ["10.77.0.3", 8080], "source": "10.77.0.4"}
+    {"id": 5, "settle": "<uid>", "timeout": 30.0}
     {"id": 3, "result": ...}    or    {"id": 3, "error": "one line"}
 """
 
@@ -88,7 +89,18 @@ class Explain:
     source: str = ""
 
 
-Question = Describe | Drain | Status | Explain
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Wait until the pod's present connections have ended, and go on accepting.
+
+    The result is the number of those that are left after `timeout` seconds.
+    """
+
+    uid: str
+    timeout: float
+
+
+Question = Describe | Drain | Status | Settle | Explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,8 @@ def encode_question(number: int, question: Question) -> bytes:
             fields: dict[str, Any] = {"describe": uid, "details": _details_fields(details)}
         case Drain(uid, timeout):
             fields = {"drain": uid, "timeout": timeout}
+        case Settle(uid, timeout):
+            fields = {"settle": uid, "timeout": timeout}
         case Status(uid):
             fields = {"status": uid}
         case Explain(uid, to, source):
@@ -136,6 +150,8 @@ def decode_question(packet: bytes) -> tuple[int, Question]:
             return number, Describe(uid, PodDetails(backend, texts, network, dns))
         case {"id": int(number), "drain": str(uid), "timeout": int() | float() as timeout}:
             return number, Drain(uid, float(timeout))
+        case {"id": int(number), "settle": str(uid), "timeout": int() | float() as timeout}:
+            return number, Settle(uid, float(timeout))
         case {"id": int(number), "status": str(uid)}:
             return number, Status(uid)
         case {

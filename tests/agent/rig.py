@@ -116,6 +116,18 @@ class FailOnceMoreEachTime:
             raise PyambientError("told to fail")
 
 
+class FailAfter:
+    """Fails once, right after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if not self._left:
+            raise PyambientError("told to fail")
+
+
 class DieAfter:
     """Ends the process like kill -9 after so many steps, before it can note the last one."""
 
@@ -233,6 +245,10 @@ class _SmallProxy:
     def describe(self, uid: str, details: PodDetails) -> None:
         self._calls.append(f"describe {uid} {details.backend} {' '.join(details.addresses)}")
         self._details[uid] = details
+
+    async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
+        self._calls.append(f"settle {uid} {timeout:g}")
+        return 0
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
         self._calls.append(f"drain {uid} {timeout:g}")

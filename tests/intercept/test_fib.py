@@ -74,15 +74,36 @@ def test_steps_can_be_applied_twice_and_undone_twice(bed: Bed) -> None:
     assert kernel_state(pod, other) == before
 
 
-def test_replies_need_no_source(bed: Bed) -> None:
+def test_replies_need_one_route(bed: Bed) -> None:
     """Where only replies carry the mark, one route and one rule per family do."""
-    network = survey(bed.pod("a").netns)
-    assert delivery(network, connects=False) == (
-        Route(False, "lo", None, 100),
+    pod = bed.pod("a")
+    assert delivery(survey(pod.netns), connects=False) == (
+        Route(False, "lo", pod.ipv4, 100),
         Rule(False),
-        Route(True, "lo", None, 100),
+        Route(True, "lo", pod.ipv6, 100),
         Rule(True),
     )
+
+
+def test_replies_need_no_source(bed: Bed) -> None:
+    """They have one already, so a pod without an address gets its route as well."""
+    network = survey(bed.pod("a", ipv4=False, ipv6=False).netns)
+    routes = [s for s in delivery(network, connects=False) if isinstance(s, Route)]
+    assert [route.source for route in routes] == [None] * len(routes)
+
+
+def test_a_route_goes_to_the_place_of_another(bed: Bed, family: str) -> None:
+    """One of the same metric is exchanged, and undoing what was there before is not needed."""
+    pod = bed.pod("a")
+    earlier = Route(family == "v6", "lo", None, 100)
+    later = Route(family == "v6", "lo", pod.address(family), 100)
+    earlier.apply(_pod(pod))
+    assert later.takes_over(earlier)
+    later.apply(_pod(pod))
+    assert later.missing(_pod(pod)) is None
+    assert earlier.missing(_pod(pod)) is not None
+    later.undo(_pod(pod))
+    assert foreign(pod.netns) == []
 
 
 def test_a_device_without_ipv6_gets_no_ipv6_route(bed: Bed) -> None:

@@ -17,6 +17,7 @@ from pyambient.zds.details import (
     Explain,
     PodDetails,
     Question,
+    Settle,
     Status,
     decode_answer,
     decode_question,
@@ -55,6 +56,7 @@ DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
             },
         ),
         (Drain("u1", 2.5), {"drain": "u1", "timeout": 2.5}),
+        (Settle("u1", 2.5), {"settle": "u1", "timeout": 2.5}),
         (Status("u1"), {"status": "u1"}),
         (
             Explain("u1", SocketAddress("fd00::2", 80), "10.0.0.1"),

@@ -1,0 +1,175 @@
+"""Another backend for a pod that lives, with no moment at which a new connection goes uncaptured.
+
+General theory of operation
+---------------------------
+What the next backend adds is applied beside what is there, its gate last; only then the gate and
+the steering of the one before are undone. In between both see the pod's new connections, and
+whichever comes first they reach the same proxy: a socket that `bpf` marked is one that netfilter's
+rules accept, and what they redirect sk_lookup takes to the same listener.
+
+Where a connection wanted to go conntrack knows, or the socket itself. While a netfilter backend is
+there the proxy asks conntrack first, which knows connections of the others as what they are. So the
+proxy is told of a netfilter backend before it captures, and of another one when it alone captures.
+
+Connections from before go on: none is closed. What they need (routes, guards, base chains) stays,
+in the record under `leaving`, until those that the proxy relays have ended or their time is up.
+If it fails, all is as before; if the agent dies, its successor makes whole the one of the two that
+the record names, and then takes the other away.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from pyambient.errors import UsageError
+from pyambient.intercept.choose import choose
+from pyambient.intercept.interface import Plan, Replacing, Site, Stage, Step
+from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.preflight import preflight
+from pyambient.intercept.runner import StepFailed, lost, undo_stages
+from pyambient.intercept.survey import survey
+from pyambient.observe.logs import get_logger
+
+from .enrolled import Enrolled
+from .interception import addresses_of, apply_recorded, observed, write
+from .kernel import KernelQueue
+from .proxies import Proxies
+from .records import Record, RecordStore
+
+_FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
+_STEERING: Final = (Stage.STEER, Stage.GATE)
+NETFILTER: Final = frozenset(("nftables", "iptables"))
+_IN_ITS_PLACE: Final = {"bpf": "tc", "tc": "bpf"}
+_log = get_logger("switch")
+
+
+class Switch:
+    """Changes backends; whoever calls has the pod's turn."""
+
+    def __init__(self, store: RecordStore, proxies: Proxies, kernel: KernelQueue) -> None:
+        self._store = store
+        self._proxies = proxies
+        self._kernel = kernel
+
+    async def plan(
+        self, enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions
+    ) -> Plan:
+        """What the backend would have in the pod; PyambientError if it cannot be there."""
+        return await self._kernel.run(_plan, enrolled, backend, site, options)
+
+    async def to(self, enrolled: Enrolled, plan: Plan, options: CaptureOptions) -> None:
+        """Have the plan in the place of what the record says."""
+        before = enrolled.record
+        present = (*before.leaving, *before.steps)
+        added = await self._kernel.run(_begin, enrolled, plan, present, self._store)
+        try:
+            await self._add(enrolled, added, _FOUNDATION)
+            if plan.backend in NETFILTER:
+                write(enrolled, enrolled.record.changed(backend=plan.backend), self._store)
+                await self._proxies.describe(enrolled.uid, enrolled.details)
+            await self._add(enrolled, added, _STEERING)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._kernel.run(_take_back, enrolled, before, added, self._store)
+                await self._proxies.describe(enrolled.uid, enrolled.details)
+            raise
+        await self._kernel.run(_withdraw, enrolled, plan, options, present, self._store)
+        await self._proxies.describe(enrolled.uid, enrolled.details)
+
+    async def _add(self, enrolled: Enrolled, added: list[Step], stages: tuple[Stage, ...]) -> None:
+        chosen = [step for step in added if step.stage in stages]
+        await self._kernel.run(apply_recorded, enrolled, chosen, self._store)
+
+    async def settle(self, enrolled: Enrolled, patience: float) -> None:
+        """Wait until what the proxy relays for the pod now has ended, at most `patience` s."""
+        if await self._proxies.settle(enrolled.uid, patience) is None:
+            await trio.sleep(patience)  # a proxy that cannot be asked
+
+    async def tidy(self, enrolled: Enrolled) -> None:
+        """Undo what a former backend left."""
+        await self._kernel.run(_tidy, enrolled, self._store)
+
+
+def _plan(enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions) -> Plan:
+    interceptor = choose(backend, site, enrolled.netns)
+    record = enrolled.record
+    _refuse_same_place(record, interceptor.name)
+    preflight(enrolled.target, site, interceptor.name, (*record.leaving, *record.steps))
+    return interceptor.plan(enrolled.target, survey(enrolled.netns), options)
+
+
+def _refuse_same_place(record: Record, backend: str) -> None:
+    """Those of BPF pin a pod's programs in one place: they cannot be there side by side."""
+    label, other = record.netns.label, _IN_ITS_PLACE.get(backend)
+    if other == record.backend:
+        raise UsageError(
+            f"{label} cannot change from {other} to {backend} at once",
+            f"go by 'pyambient enroll {label} --backend nftables', or unenroll it first",
+        )
+    if any(step.kind == f"{other}-node" for step in record.leaving):
+        raise UsageError(
+            f"connections of {label} still need what it had of {other}",
+            "try again when they have ended, or after --drain-timeout",
+        )
+
+
+def _begin(
+    enrolled: Enrolled, plan: Plan, present: tuple[Step, ...], store: RecordStore
+) -> list[Step]:
+    """Record what there is and what will be; the latter."""
+    pod = enrolled.target
+    added = [observed(pod, step) for step in plan.steps if step not in present]
+    write(enrolled, enrolled.record.changed(steps=(*present, *added), leaving=()), store)
+    return added
+
+
+def _take_back(enrolled: Enrolled, before: Record, added: list[Step], store: RecordStore) -> None:
+    """Undo what was added, and apply again what it had taken the place of."""
+    pod = enrolled.target
+    try:
+        undo_stages(pod, added)
+    finally:
+        write(enrolled, before, store)
+    apply_recorded(enrolled, [step for step, _ in lost(pod, before.steps)], store)
+
+
+def _withdraw(
+    enrolled: Enrolled,
+    plan: Plan,
+    options: CaptureOptions,
+    present: tuple[Step, ...],
+    store: RecordStore,
+) -> None:
+    """Stop the former capture; what its connections need goes on under `leaving`."""
+    left = [s for s in present if s not in plan.steps and not _is_replaced(s, plan)]
+    stuck: tuple[Step, ...] = ()
+    try:
+        undo_stages(enrolled.target, left, _STEERING)
+    except StepFailed as failure:
+        stuck = tuple(step for step in failure.steps if step.stage in _STEERING)
+        _log.error("a former capture stays", pod=str(enrolled.record.pod), error=str(failure))
+    known = {step: step for step in enrolled.record.steps}
+    changed = enrolled.record.changed(
+        backend=plan.backend,
+        options=options,
+        steps=tuple(known[step] for step in plan.steps),
+        addresses=addresses_of(plan),
+        leaving=(*(known[step] for step in left if step.stage in _FOUNDATION), *stuck),
+    )
+    write(enrolled, changed, store)
+    enrolled.seen = b""
+
+
+def _is_replaced(step: Step, plan: Plan) -> bool:
+    return any(isinstance(new, Replacing) and new.takes_over(step) for new in plan.steps)
+
+
+def _tidy(enrolled: Enrolled, store: RecordStore) -> None:
+    try:
+        undo_stages(enrolled.target, enrolled.record.leaving)
+    except StepFailed as failure:
+        write(enrolled, enrolled.record.changed(leaving=failure.steps), store)
+        raise
+    write(enrolled, enrolled.record.changed(leaving=()), store)

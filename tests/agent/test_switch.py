@@ -1,0 +1,178 @@
+"""A pod that is enrolled once more: its backend and choices change, who it is does not."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import pytest
+
+from pyambient.errors import PyambientError, UsageError
+from tests.bed import BedPod, changes, kernel_state
+
+from .rig import DieAfter, FailAfter, Rig
+from .test_enrolment import problems
+
+_PAIRS = (
+    *itertools.permutations(("bpf", "nftables", "iptables"), 2),
+    *(("tc", "nftables"), ("iptables", "tc")),
+)
+
+
+@pytest.fixture(params=_PAIRS, ids="-to-".join)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The backend to begin with, and the next one."""
+    before, after = request.param
+    return before, after
+
+
+def _switch(rig: Rig, pod: BedPod, backend: str) -> dict[str, Any]:
+    return dict(rig.ask("enroll", netns=pod.path, backend=backend))
+
+
+def _failure(rig: Rig, pod: BedPod, backend: str) -> str:
+    try:
+        _switch(rig, pod, backend)
+    except PyambientError as error:
+        return str(error)
+    return ""
+
+
+def test_a_switch_leaves_just_the_next_backend(rig: Rig, pair: tuple[str, str]) -> None:
+    """There and back again: what is in the pod is what an enrolment would have made of it."""
+    one, two = rig.bed.pod("one"), rig.bed.pod("two")
+    rig.start_agent()
+    rig.start_proxy()
+    clean = kernel_state(one, two)
+    rig.enroll(two, pair[0])
+    uid = rig.enroll(one, pair[0])["uid"]
+    first = kernel_state(one, two)
+    shown = _switch(rig, one, pair[1])
+    assert (shown["uid"], shown["backend"], shown["state"]) == (uid, pair[1], "enrolled")
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    _switch(rig, one, pair[0])
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    assert changes(first, kernel_state(one, two)) == []
+    _switch(rig, one, pair[1])
+    assert [problems(rig, pod) for pod in (one, two)] == [[], []]
+    for pod in (one, two):
+        rig.ask("unenroll", netns=pod.path, drain_timeout=0)
+    assert changes(clean, kernel_state(one, two)) == []
+
+
+@pytest.mark.parametrize("steps", [1, 4, 18])
+def test_a_switch_that_fails_changes_nothing(rig: Rig, pair: tuple[str, str], steps: int) -> None:
+    """After a failure the pod is captured as before; one with fewer steps does not fail."""
+    pod = rig.bed.pod("one")
+    agent = rig.start_agent()
+    rig.start_proxy()
+    rig.enroll(pod, pair[0])
+    enrolled = kernel_state(pod)
+    agent.kill()
+    rig.start_agent(sabotage=FailAfter(steps))
+    rig.wait_for_proxies()
+    if failure := _failure(rig, pod, pair[1]):
+        assert failure == "told to fail"
+        assert rig.records()["one"].backend == pair[0]
+        assert changes(enrolled, kernel_state(pod)) == []
+    else:
+        assert steps > 4
+        assert rig.records()["one"].backend == pair[1]
+    assert problems(rig, pod) == []
+
+
+@pytest.mark.parametrize("steps", [1, 4, 18])
+def test_an_agent_that_dies_in_a_switch(rig: Rig, pair: tuple[str, str], steps: int) -> None:
+    """Its successor makes one of the two backends whole, and takes the other away."""
+    pod = rig.bed.pod("one")
+    agent = rig.start_agent()
+    rig.start_proxy()
+    before = kernel_state(pod)
+    rig.enroll(pod, pair[0])
+    agent.kill()
+    agent = rig.start_agent(sabotage=DieAfter(steps))
+    rig.wait_for_proxies()
+    with contextlib.suppress(PyambientError, ConnectionError):
+        _switch(rig, pod, pair[1])
+    agent.kill()
+    rig.start_agent()
+    rig.wait_for_proxies()
+    rig.wait_until(lambda: problems(rig, pod) == [])
+    rig.ask("unenroll", netns=pod.path, drain_timeout=0)
+    assert changes(before, kernel_state(pod)) == []
+
+
+def test_who_it_is_does_not_change(rig: Rig, backend: str) -> None:
+    """Names may be given again or left out; others are refused as a usage error in one line."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    rig.start_proxy()
+    first = rig.enroll(pod, backend)
+    assert rig.enroll(pod, backend) == first
+    assert rig.ask("enroll", netns=pod.path) == first
+    with pytest.raises(PyambientError, match="one is enrolled already, as default/one") as refused:
+        rig.ask("enroll", netns=pod.path, service_account="another", backend="iptables")
+    assert refused.value.exit_code == UsageError.exit_code
+    assert "pyambient unenroll one" in refused.value.then
+    assert rig.ask("status")["pods"][0]["backend"] == backend
+
+
+def test_choices_and_backend_change_together(rig: Rig) -> None:
+    """What is named changes, what is not stays as it was."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    rig.start_proxy()
+    rig.ask(
+        "enroll",
+        netns=pod.path,
+        namespace="default",
+        service_account="a",
+        backend="bpf",
+        options={"dns": False},
+    )
+    shown = rig.ask(
+        "enroll", netns=pod.path, backend="nftables", options={"outbound": {"exclude_ports": "22"}}
+    )
+    assert (shown["backend"], shown["name"]) == ("nftables", "one")
+    assert shown["options"]["dns"] is False
+    assert shown["options"]["outbound"]["exclude_ports"] == "22"
+    assert problems(rig, pod) == []
+
+
+def test_a_first_enrolment_needs_an_identity(rig: Rig) -> None:
+    """A namespace that is not enrolled yet has none to keep."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    with pytest.raises(PyambientError, match="--namespace and --service-account") as refused:
+        rig.ask("enroll", netns=pod.path, backend="bpf")
+    assert refused.value.exit_code == UsageError.exit_code
+
+
+def test_a_switch_needs_a_proxy(rig: Rig) -> None:
+    """Without one the pod stays as it is: closed."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    with rig.start_proxy():
+        rig.enroll(pod, "bpf")
+    enrolled = kernel_state(pod)
+    with pytest.raises(PyambientError, match="no proxy is connected"):
+        _switch(rig, pod, "nftables")
+    assert changes(enrolled, kernel_state(pod)) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("bpf", "tc"), ("tc", "bpf")])
+def test_two_that_cannot_be_side_by_side(rig: Rig, before: str, after: str) -> None:
+    """Programs of one place are refused; by way of another backend it is possible."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    rig.start_proxy()
+    rig.enroll(pod, before)
+    enrolled = kernel_state(pod)
+    failure = _failure(rig, pod, after)
+    assert failure.startswith(f"one cannot change from {before} to {after} at once; ")
+    assert changes(enrolled, kernel_state(pod)) == []
+    _switch(rig, pod, "nftables")
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    assert _switch(rig, pod, after)["backend"] == after
+    assert problems(rig, pod) == []
