@@ -138,6 +138,11 @@ class _Chains:
     def _jumps(self) -> list[str]:
         return [f"-A {_HOOKS[chain]} -j {chain}" for chain in self.chains]
 
+    def _has_rules(self, pod: Pod) -> bool:
+        """Whether the chains are there, with these rules or others."""
+        starts = tuple(f":{chain} " for chain in self.chains)
+        return any(line.startswith(starts) for line in self._saved(pod))
+
     def _saved(self, pod: Pod) -> list[str]:
         return run(pod.netns, self._tool("save"), "-t", self.table).splitlines()
 
@@ -208,11 +213,13 @@ class OutboundRedirect(_Chains):
         return _Chains.describe(self) + (f"\n{FORGETTING}" if self.dns else "")
 
     def apply(self, pod: Pod) -> Self:
+        replaces = self._has_rules(pod)
         _Chains.apply(self, pod)
         try:
             forget_dns_flows(pod, captures=self.dns)
         except BaseException:
-            _Chains.undo(self, pod)
+            if not replaces:  # or the pod, captured until now, would be open
+                _Chains.undo(self, pod)
             raise
         return self
 

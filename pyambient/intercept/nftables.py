@@ -94,6 +94,13 @@ class _Rules:
                 return f"{family} {TABLE} {chain} holds other rules than ours"
         return None
 
+    def _has_rules(self, pod: Pod) -> bool:
+        """Whether there are rules in the chains, these or others."""
+        return any(
+            nf_tables.comments(pod.netns, _FAMILIES[family], TABLE).get(chain)
+            for family, chain in self.contents()
+        )
+
     def commands(self) -> list[dict[str, Any]]:
         """The transaction: whatever was in the chains, our rules are in them afterwards."""
         return [
@@ -186,11 +193,13 @@ class Outbound(_Rules):
         return _Rules.describe(self) + (f"\n{FORGETTING}" if self.dns else "")
 
     def apply(self, pod: Pod) -> Self:
+        replaces = self._has_rules(pod)
         _Rules.apply(self, pod)
         try:
             forget_dns_flows(pod, captures=self.dns)
         except BaseException:
-            _Rules.undo(self, pod)
+            if not replaces:  # or the pod, captured until now, would be open
+                _Rules.undo(self, pod)
             raise
         return self
 

@@ -11,6 +11,7 @@ import pytest
 from pyambient.intercept.ctnetlink import Conntrack
 from pyambient.intercept.interface import Interceptor
 from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.runner import StepFailed
 from pyambient.intercept.selection import Selection
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT, RESOLVER_PORT
@@ -229,3 +230,23 @@ def test_an_excluded_resolver(mesh: NetfilterMesh, family: str) -> None:
         mesh.refresh(a)
         assert a.run(ask, resolver_at(c, family), b"direct").sender == resolver_at(c, family)
     assert mesh.intercepted() == []
+
+
+@legacy_too
+def test_a_change_that_fails_leaves_the_pod_captured(
+    mesh: NetfilterMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flows that cannot be forgotten fail a change of choices, and do not open the pod."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOBUFS, "no room")
+
+    a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
+    mesh.options["a"] = CaptureOptions(outbound=Selection.from_json({"exclude_ports": "9"}))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(mesh.interceptor).__module__ + ".forget_dns_flows", fails)
+        with pytest.raises(StepFailed):
+            mesh.refresh(a)
+    there = SocketAddress(c.address("v4"), 8080)
+    a.run(apps.request, there, b"hello")
+    assert _originals(mesh) == [("a", OUTBOUND_PORT, there)]
