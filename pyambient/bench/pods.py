@@ -86,6 +86,12 @@ def make_pod(name: str) -> Netns:
     return netns
 
 
+def add_address(netns: Netns, address: str, device: str) -> None:
+    """Give a device one more address, with its prefix length; usable at once."""
+    nodad = " nodad" if ":" in address else ""
+    ip(netns, f"address add {address} dev {device}{nodad}")
+
+
 def join(left: Netns, left_address: str, right: Netns, right_address: str, device: str) -> None:
     """Join two pods by a veth pair, `device` on both sides, a /24 on each."""
     there = f"/proc/{os.getpid()}/fd/{right.fd}"

@@ -36,6 +36,7 @@ _COMMANDS: Final = {
     "verify": _Entry("verify", "Prove that a network namespace is captured"),
     "explain": _Entry("explain", "Say what would happen to a connection, rule by rule"),
     "check": _Entry("check", "Show what this machine can do"),
+    "bench": _Entry("bench", "Measure what an interception costs"),
     "agent": _Entry("agent", "Run the agent alone"),
     "proxy": _Entry("proxy", "Run the proxy alone"),
 }

@@ -22,6 +22,7 @@ COMMANDS = [
     "verify",
     "explain",
     "check",
+    "bench",
     "agent",
     "proxy",
 ]

@@ -7,13 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+from pyambient.bench.load import build
 from pyambient.bench.report import machine, write_json
 from pyambient.bench.rounds import Results, turns
 from pyambient.bench.walls import run_apart, settle_inside
 from pyambient.errors import PyambientError
 
 from .bed import Node
-from .load import build
 from .rows import ROWS
 from .scenarios import MEMORY, crowd, hostility, memory, share
 from .subjects import ENVOY, OURS, OURS_16K, OURS_UNSHARED, Subject

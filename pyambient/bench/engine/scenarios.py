@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from OpenSSL import SSL
 
+from pyambient.bench.load import Load
 from pyambient.bench.processes import resident_bytes
 from pyambient.bench.rounds import Results, Sample
 from pyambient.identity.context import ALPN
 from pyambient.model.numbers import HBONE_PORT
 
 from .bed import NEIGHBOUR, SERVER_IP_FOR_NEIGHBOUR, SERVER_IP_FOR_STRANGER, STRANGER
-from .load import Load
 from .subjects import ECHO, OURS_UNSHARED, SINK, SOURCE, Subject
 
 MEMORY, SHARED, BULK_ALONE = "memory", "round trips beside an upload", "that upload alone"

@@ -6,13 +6,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from pyambient.bench.load import Load
 from pyambient.bench.processes import cpu_seconds
 from pyambient.bench.rounds import Sample
 from pyambient.hbone import LocalSettings
 
 from . import envoy, ours
 from .bed import APP_PORT, CLIENT, SERVER, SERVER_IP, Bed, Node
-from .load import Load
 
 OURS, OURS_16K, ENVOY = "pyambient", "pyambient, 16 KiB frames", "envoy"
 OURS_UNSHARED = "pyambient, 1 stream a tunnel"

@@ -1,4 +1,4 @@
-"""The load tool, compiled and run; the proxies' CPU clocks are read when it says start and end."""
+"""The traffic tools, compiled and run; the proxies' CPU clocks are read when they say so."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from pyambient.bench.pods import Placement
 from pyambient.bench.rounds import Sample
 from pyambient.errors import PyambientError
 
-_SOURCE = Path(__file__).with_name("load.c")
-_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror")
+_HERE = Path(__file__).parent
+_COMMON = _HERE / "measure.h"
+_FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", f"-I{_HERE}")
+LOAD_SOURCE = _HERE / "load.c"
 
 
-def build(directory: Path) -> Path:
-    """Compile load.c; the path of the program."""
-    program = directory / "load"
+def build(directory: Path, source: Path = LOAD_SOURCE) -> Path:
+    """Compile a C file that has its own name in `directory`; the path of the program."""
+    program = directory / source.stem
     directory.mkdir(parents=True, exist_ok=True)
-    if not program.exists() or program.stat().st_mtime < _SOURCE.stat().st_mtime:
-        subprocess.run(["cc", *_FLAGS, "-o", str(program), str(_SOURCE)], check=True)
+    newest = max(file.stat().st_mtime for file in (source, _COMMON))
+    if not program.exists() or program.stat().st_mtime < newest:
+        subprocess.run(["cc", *_FLAGS, "-o", str(program), str(source)], check=True)
     return program
 
 
 class Load:
-    """One run of the load tool, from its start on."""
+    """One run of a traffic tool, from its start on."""
 
     def __init__(self, program: Path, place: Placement, *words: object) -> None:
-        self.words = " ".join(map(str, words))
+        self.words = " ".join((program.name, *map(str, words)))
         self._process = place.start(
             [str(program), *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -49,6 +52,21 @@ class Load:
         self._process.wait()
         return sample
 
+    def last_words(self) -> Sample:
+        """What one that runs until its standard input ends says then."""
+        assert self._process.stdin is not None  # noqa: S101 - a pipe
+        self._process.stdin.close()
+        try:
+            said: Sample = json.loads(self._line())
+        except ValueError:
+            raise self._failure() from None
+        self._process.wait()
+        return said
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def end(self) -> None:
         """End it, whatever it is doing."""
         assert self._process.stdin is not None  # noqa: S101 - a pipe
@@ -62,7 +80,7 @@ class Load:
 
     def _failure(self) -> PyambientError:
         self.end()
-        return PyambientError(f"'load {self.words}' failed", "see what it wrote above")
+        return PyambientError(f"'{self.words}' failed", "see what it wrote above")
 
     def __repr__(self) -> str:
-        return f"<Load {self.words}>"
+        return f"<Load {self.words!r}>"

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * load: the traffic of `make bench-engine`.
+ * load: TCP traffic of the benchmarks.
  *
- *   load serve PORT                               echo on PORT, sink on PORT+1, source on PORT+2
+ *   load serve PORT                               echo on PORT, sink on PORT+1, source on PORT+2,
+ *                                                 on PORT+3 one echo and then the end
  *   load trips ADDRESS PORT CONNECTIONS SECONDS   round trips of 64 bytes
  *   load connections ADDRESS PORT AT_ONCE SECONDS connect, one byte each way, close
+ *   load visits ADDRESS PORT AT_ONCE SECONDS      the same, but the server closes first
  *   load upload ADDRESS PORT STREAMS SECONDS      to the sink
  *   load download ADDRESS PORT STREAMS SECONDS    from the source
  *   load idle ADDRESS PORT CONNECTIONS            open, one byte each way; hold until stdin ends
@@ -12,34 +14,25 @@
  *   load flood ADDRESS PORT AT_ONCE SECONDS [FILE]
  *                                                 connect, send FILE, wait for a byte, reset
  *
- * One thread, one epoll. When the traffic is warm it prints "start"; at the end one JSON object
- * with what was counted since then, before anything is closed: whoever reads our output can take
- * the CPU clocks of the proxies at exactly these two moments.
+ * One thread, one epoll. measure.h says what it prints.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
 #include <fcntl.h>
-#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "measure.h"
 
 #define EVENTS 512
 #define TRIP 64
 #define CHUNK (256 << 10)
-#define WARM_SECONDS 0.5
+#define SERVERS 4
 #define STALL_MS 5000
 
-enum state { UNUSED, CONNECTING, WAITING, ECHO, SINK, SOURCE };
+enum state { UNUSED, CONNECTING, WAITING, ENDING, ECHO, SINK, SOURCE, HOST };
 
 struct connection {
 	double began;
@@ -53,27 +46,6 @@ struct connection {
 static struct connection *table;
 static char buffer[1 << 20];
 static int epoll;
-static struct sockaddr_storage target;
-static socklen_t target_length;
-
-static float *latencies;
-static size_t latency_count, latency_room;
-static uint64_t operations, bytes, errors;
-
-static void die(const char *what)
-{
-	fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
-	exit(1);
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
-
 static void watch(int fd, uint32_t events, int operation)
 {
 	struct epoll_event event = { .events = events, .data.fd = fd };
@@ -102,24 +74,6 @@ static void no_delay(int fd)
 	int on = 1;
 
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
-}
-
-static void set_target(const char *address, const char *port)
-{
-	struct sockaddr_in *v4 = (void *)&target;
-	struct sockaddr_in6 *v6 = (void *)&target;
-
-	if (inet_pton(AF_INET, address, &v4->sin_addr) == 1) {
-		v4->sin_family = AF_INET;
-		v4->sin_port = htons(atoi(port));
-		target_length = sizeof(*v4);
-	} else if (inet_pton(AF_INET6, address, &v6->sin6_addr) == 1) {
-		v6->sin6_family = AF_INET6;
-		v6->sin6_port = htons(atoi(port));
-		target_length = sizeof(*v6);
-	} else {
-		die(address);
-	}
 }
 
 static int open_connection(uint32_t events)
@@ -239,22 +193,35 @@ static void source(int fd, uint32_t events)
 		drop(fd);
 }
 
+/* The one byte back and the end at once: TIME_WAIT is the server's, as with most of HTTP/1. */
+static void host(int fd)
+{
+	char byte;
+	ssize_t got = read(fd, &byte, 1);
+
+	if (still_coming(got))
+		return;
+	if (got == 1 && write(fd, &byte, 1) != 1)
+		errors++;
+	drop(fd);
+}
+
 static void serve(int port)
 {
 	struct epoll_event events[EVENTS];
 	int first = listener(port);
 
-	if (listener(port + 1) != first + 1 || listener(port + 2) != first + 2)
-		die("descriptors out of order");
-	puts("start");
-	fflush(stdout);
+	for (int i = 1; i < SERVERS; i++)
+		if (listener(port + i) != first + i)
+			die("descriptors out of order");
+	say_start();
 	for (;;) {
 		int count = epoll_wait(epoll, events, EVENTS, -1);
 
 		for (int i = 0; i < count; i++) {
 			int fd = events[i].data.fd;
 
-			if (fd >= first && fd < first + 3)
+			if (fd >= first && fd < first + SERVERS)
 				accept_all(fd, ECHO + fd - first);
 			else if (table[fd].state == ECHO)
 				echo(fd, &table[fd]);
@@ -262,23 +229,13 @@ static void serve(int port)
 				sink(fd);
 			else if (table[fd].state == SOURCE)
 				source(fd, events[i].events);
+			else if (table[fd].state == HOST)
+				host(fd);
 		}
 	}
 }
 
 /* The clients: each kind has one function that is called for an event of one connection. */
-
-static void record(double began)
-{
-	operations++;
-	if (latency_count == latency_room) {
-		latency_room = latency_room ? 2 * latency_room : 1 << 16;
-		latencies = realloc(latencies, latency_room * sizeof(*latencies));
-		if (!latencies)
-			die("latencies");
-	}
-	latencies[latency_count++] = (now() - began) * 1e6;
-}
 
 static void send_trip(int fd, struct connection *c)
 {
@@ -334,6 +291,29 @@ static void on_connection(int fd, uint32_t events)
 	if (still_coming(count))
 		return;
 	errors += count != 1;
+	drop(fd);
+	open_connection(EPOLLOUT);
+}
+
+static void on_visit(int fd, uint32_t events)
+{
+	struct connection *c = &table[fd];
+	char byte = 'x';
+	ssize_t count;
+
+	if (c->state == CONNECTING) {
+		on_connection(fd, events);
+		return;
+	}
+	count = read(fd, &byte, 1);
+	if (still_coming(count))
+		return;
+	if (count == 1 && c->state == WAITING) {
+		record(c->began);
+		c->state = ENDING;
+		return;
+	}
+	errors += count != 0 || c->state != ENDING;
 	drop(fd);
 	open_connection(EPOLLOUT);
 }
@@ -397,32 +377,6 @@ static void read_flood(const char *path)
 	flood_length = length;
 }
 
-static int by_size(const void *left, const void *right)
-{
-	float a = *(const float *)left, b = *(const float *)right;
-
-	return a < b ? -1 : a > b;
-}
-
-static double percentile(double part)
-{
-	return latency_count ? latencies[(size_t)(part * (latency_count - 1))] : 0;
-}
-
-static void print_result(double seconds)
-{
-	/* The clocks are read when this line arrives, so sorting comes after the first part. */
-	printf("{\"seconds\": %.6f, \"operations\": %llu, \"bytes\": %llu, \"errors\": %llu",
-	       seconds, (unsigned long long)operations, (unsigned long long)bytes,
-	       (unsigned long long)errors);
-	puts("}");
-	fflush(stdout);
-	qsort(latencies, latency_count, sizeof(*latencies), by_size);
-	printf("{\"p50\": %.1f, \"p90\": %.1f, \"p99\": %.1f, \"p999\": %.1f}\n", percentile(.5),
-	       percentile(.9), percentile(.99), percentile(.999));
-	fflush(stdout);
-}
-
 static void run(void (*on_event)(int, uint32_t), int count, uint32_t first, double seconds)
 {
 	struct epoll_event events[EVENTS];
@@ -441,12 +395,10 @@ static void run(void (*on_event)(int, uint32_t), int count, uint32_t first, doub
 		for (int i = 0; i < ready; i++)
 			on_event(events[i].data.fd, events[i].events);
 		time = now();
-		if (!warm && time - start > WARM_SECONDS) {
+		if (!warm && time - start > WARM_PART * seconds) {
 			warm = 1;
-			puts("start");
-			fflush(stdout);
+			say_start();
 			start = now();
-			operations = bytes = errors = latency_count = 0;
 		} else if (warm && time - start > seconds) {
 			break;
 		}
@@ -466,8 +418,7 @@ static void hold(int count, int deaf)
 		if (write(fd, &byte, 1) != 1 || (!deaf && read(fd, &byte, 1) != 1))
 			die("the first byte");
 	}
-	puts("start");
-	fflush(stdout);
+	say_start();
 	while (read(0, &byte, 1) > 0)
 		continue;
 }
@@ -490,6 +441,8 @@ int main(int argc, char **argv)
 		run(on_trip, count, EPOLLOUT, seconds);
 	else if (!strcmp(what, "connections"))
 		run(on_connection, count, EPOLLOUT, seconds);
+	else if (!strcmp(what, "visits"))
+		run(on_visit, count, EPOLLOUT, seconds);
 	else if (!strcmp(what, "upload"))
 		run(on_upload, count, EPOLLOUT, seconds);
 	else if (!strcmp(what, "download"))

@@ -1,0 +1,123 @@
+"""The pods of one cell, fresh for it, and whoever of them is enrolled.
+
+    client  10.99.0.2, fd99::2 ─── veth ─── 10.99.0.3, fd99::3  server
+
+All that runs is pinned to one CPU: waking another one up can cost more than what is measured here,
+and varies (interception is about microseconds). Nothing outlives a cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from pyambient.bench.pods import Placement, add_address, join, make_pod, sysctl
+from pyambient.intercept import runner
+from pyambient.intercept.choose import choose
+from pyambient.intercept.interface import Interceptor, Pod, Site, Stage, Step
+from pyambient.intercept.options import DEFAULTS, CaptureOptions
+from pyambient.intercept.survey import survey
+from pyambient.netns import Netns
+
+from .work import BOTH, CLIENT, SERVER, Cell
+
+_CLIENT_IPS: Final = {"v4": "10.99.0.2", "v6": "fd99::2"}
+_SERVER_IPS: Final = {"v4": "10.99.0.3", "v6": "fd99::3"}
+_CAPTURING = (Stage.APPLY, Stage.STEER, Stage.GATE)
+# A table of its own for each pod: the TIME_WAITs of others slow down the search for a free port
+# (Linux 6.1; without it all share the node's).
+_OWN_TABLE = {"net__ipv4__tcp_child_ehash_entries": "65536"}
+_MANY_CONNECTIONS = {
+    "net__ipv4__tcp_tw_reuse": "1",
+    "net__ipv4__ip_local_port_range": "16384 65000",
+    "net__ipv4__tcp_max_syn_backlog": "16384",
+    "net__core__somaxconn": "16384",
+}
+
+
+class Node:
+    """What all cells share: the cgroups, the backends, the CPU."""
+
+    def __init__(self, cgroup: Path, cpu: int) -> None:
+        self.cpu = cpu
+        self.site = Site(Path("/run/pyambient-bench"), Path("/sys/fs/bpf/pyambient"), cgroup)
+        self.apps = cgroup / "apps"
+        self.proxies = cgroup / "pyambient-proxy"
+        self.apps.mkdir()
+        self._interceptors: dict[str, Interceptor] = {}
+        with Netns.own() as own, contextlib.suppress(FileNotFoundError):
+            sysctl(own, **_OWN_TABLE)
+
+    def interceptor(self, backend: str) -> Interceptor:
+        """The backend; PyambientError if this node has no such."""
+        if backend not in self._interceptors:
+            self._interceptors[backend] = choose(backend, self.site)
+        return self._interceptors[backend]
+
+    def __repr__(self) -> str:
+        return f"<Node on CPU {self.cpu}>"
+
+
+class Bed:
+    """Two pods, joined; `enrolled` are those that `capture` captures."""
+
+    def __init__(self, node: Node, cell: Cell, options: CaptureOptions = DEFAULTS) -> None:
+        self.node = node
+        self.backend = cell.subject.backend
+        self.server_ip = _SERVER_IPS[cell.family]
+        self.pods = {name: make_pod(name) for name in (CLIENT, SERVER)}
+        self.enrolled = {
+            name: Pod(f"bench-{name}", netns)
+            for name, netns in self.pods.items()
+            if cell.subject.enrolled in (name, BOTH)
+        }
+        self._options = options
+        self._applied: dict[str, tuple[Step, ...]] = dict.fromkeys(self.enrolled, ())
+        client, server = self.pods.values()
+        join(client, _CLIENT_IPS["v4"], server, _SERVER_IPS["v4"], "eth0")
+        for netns, ips in ((client, _CLIENT_IPS), (server, _SERVER_IPS)):
+            add_address(netns, f"{ips['v6']}/64", "eth0")
+            sysctl(netns, **_MANY_CONNECTIONS)
+
+    def app(self, name: str) -> Placement:
+        return Placement(self.pods[name], self.node.apps, self.node.cpu)
+
+    def proxy(self, name: str) -> Placement:
+        """Where a proxy runs; the last pod of backend `bpf` has taken the cgroup along."""
+        self.node.proxies.mkdir(exist_ok=True)
+        return Placement(self.pods[name], self.node.proxies, self.node.cpu)
+
+    def prepare(self) -> None:
+        """What comes before the proxies listen."""
+        self._apply((Stage.PREPARE,))
+
+    def capture(self) -> None:
+        """What comes after."""
+        self._apply(_CAPTURING)
+
+    def _apply(self, stages: tuple[Stage, ...]) -> None:
+        for name, pod in self.enrolled.items():
+            network = survey(pod.netns)
+            plan = self.node.interceptor(self.backend).plan(pod, network, self._options)
+            self._applied[name] += runner.apply_stages(pod, plan.steps, stages)
+
+    def close(self) -> None:
+        for name, pod in self.enrolled.items():
+            runner.undo_stages(pod, self._applied[name])
+        for netns in self.pods.values():
+            netns.close()
+
+    def __repr__(self) -> str:
+        return f"<Bed with {' and '.join(self.enrolled) or 'nobody'} enrolled by {self.backend}>"
+
+
+@contextlib.contextmanager
+def bed(node: Node, cell: Cell) -> Iterator[Bed]:
+    """The pods of a cell, for as long as the block runs."""
+    made = Bed(node, cell)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,34 @@
+"""What the command line says, on its way behind the walls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much is measured; `seconds` is the time of each measurement, `work` none for all."""
+
+    out: str
+    backends: tuple[str, ...]
+    enrolled: tuple[str, ...]
+    work: tuple[str, ...]
+    rounds: int
+    seconds: float
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.out).parent
+
+    def as_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        values: dict[str, Any] = json.loads(text)
+        lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **lists})
