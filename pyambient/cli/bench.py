@@ -9,7 +9,7 @@ import click
 
 from .options import common_options, examples, require_root
 
-_BACKENDS: Final = ("bpf", "nftables", "iptables")
+_BACKENDS: Final = ("bpf", "tc", "nftables", "iptables")
 _WORK: Final = ("connections", "ping-pong", "bulk", "dns", "held")
 _SIDES: Final = ("client", "server", "both")
 _QUICK_SECONDS: Final = 0.2
@@ -17,7 +17,7 @@ _QUICK_SECONDS: Final = 0.2
 
 @click.group("bench", epilog=examples("sudo pyambient bench intercept --quick"))
 def command() -> None:
-    """Measure what an interception costs, and draw it."""
+    """Measure what an interception costs."""
 
 
 @command.command(

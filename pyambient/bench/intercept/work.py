@@ -68,8 +68,8 @@ class Subject:
         return self.enrolled != NOBODY
 
     def does(self, work: Work) -> bool:
-        """DNS is captured where it is asked."""
-        return not work.is_dns or self.enrolled != SERVER
+        """DNS is captured where it is asked, over UDP by all backends but tc."""
+        return not work.is_dns or (self.enrolled != SERVER and self.backend != "tc")
 
 
 DIRECT: Final = Subject("direct", proxy=NO_PROXY)
