@@ -43,7 +43,7 @@ from .records import Record, RecordStore
 
 def make_plan(pod: Pod, backend: str, site: Site, options: CaptureOptions) -> Plan:
     """What enrolling the pod would add; PyambientError if it cannot be enrolled as it is."""
-    interceptor = choose(backend, site, pod.netns)
+    interceptor = choose(backend, site, pod.netns, options)
     preflight(pod, site, interceptor.name)
     return interceptor.plan(pod, survey(pod.netns), options)
 

@@ -93,7 +93,7 @@ class Switch:
 
 
 def _plan(enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions) -> Plan:
-    interceptor = choose(backend, site, enrolled.netns)
+    interceptor = choose(backend, site, enrolled.netns, options)
     record = enrolled.record
     _refuse_same_place(record, interceptor.name)
     preflight(enrolled.target, site, interceptor.name, (*record.leaving, *record.steps))

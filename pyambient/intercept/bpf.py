@@ -77,7 +77,7 @@ class Bpf:
         if options.devices:
             raise PyambientError(
                 f"backend {self.name} does not see what others send by {options.devices[0]}",
-                "use --backend nftables or iptables",
+                "use --backend tc, nftables or iptables",
             )
         cookie = netns_cookie(pod.netns, self._cgroup)
         by_ifindex = self._constants.has_ingress_ifindex

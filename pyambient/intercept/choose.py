@@ -14,16 +14,22 @@ from .bpf import Bpf
 from .interface import Interceptor, Site
 from .iptables import Iptables
 from .nftables import Nftables
-from .options import BACKENDS
+from .options import BACKENDS, DEFAULTS, CaptureOptions
 from .preflight import check_cgroup
 from .tc import Tc
 
 
-def choose(name: str, site: Site, netns: Netns | None = None) -> Interceptor:
+def choose(
+    name: str,
+    site: Site,
+    netns: Netns | None = None,
+    options: CaptureOptions = DEFAULTS,
+) -> Interceptor:
     """The backend called `name`; "auto" takes the first of them that works on this node.
 
-    For the pod of `netns` it takes `bpf` only if its hooks see all processes there. PyambientError
-    if the backend that was asked for does not work. `iptables` is the last resort, and not tried.
+    For the pod of `netns` it takes `bpf` only if its hooks see all processes there, and all that
+    `options` want captured. PyambientError if the backend that was asked for does not work.
+    `iptables` is the last resort, and not tried.
     """
     if name not in ("auto", *BACKENDS):
         raise UsageError(
@@ -33,6 +39,8 @@ def choose(name: str, site: Site, netns: Netns | None = None) -> Interceptor:
         return _TRIED[name](site)
     if name == "auto":
         for backend, make in _TRIED.items():
+            if backend == "bpf" and options.devices:
+                continue
             with contextlib.suppress(PyambientError):
                 if netns is not None and backend == "bpf":
                     check_cgroup(netns, site)

@@ -15,6 +15,7 @@ from pyambient.intercept import runner, tc
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Pod, PodAddress, PodNetwork, Site, Stage
 from pyambient.intercept.loader import Constants
+from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.tc import Tc
 from pyambient.intercept.tc_steps import Redirect
 from pyambient.model.numbers import OUTBOUND_PORT, PROXY_MARK
@@ -150,6 +151,13 @@ def test_auto_is_tc_for_processes_that_hooks_do_not_see(bed, cgroup_tree: Cgroup
         process.receive()
         assert choose("auto", site, seen.netns).name == "bpf"
         assert choose("auto", site, unseen.netns).name == "tc"
+
+
+def test_auto_is_not_bpf_for_what_comes_in_by_a_device(bed) -> None:
+    """A pod whose virtual interfaces are to be captured gets `tc`, which sees them."""
+    site, pod = BpfMesh(bed).site, bed.pod("a")
+    options = CaptureOptions(virtual_interfaces="tap0")
+    assert choose("auto", site, pod.netns, options).name == "tc"
 
 
 def _wait(channel) -> None:
