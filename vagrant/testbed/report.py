@@ -74,7 +74,8 @@ def _told(outcome: Outcome) -> str:
     if outcome.what == "tests":
         total = outcome.passed + outcome.failed
         skipped = f" ({outcome.skipped} skipped)" if outcome.skipped else ""
-        return f"{outcome.passed}/{total} tests{skipped}"
+        again = f" ({outcome.again} at the second attempt)" if outcome.again else ""
+        return f"{outcome.passed}/{total} tests{skipped}{again}"
     return "demo" if not outcome.code else "demo FAILED"
 
 
