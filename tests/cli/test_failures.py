@@ -86,14 +86,14 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, words: list[
     [
         (["fly"], "no such command 'fly'; see 'pyambient --help'"),
         (["enroll"], "missing argument 'NETNS'; see 'pyambient enroll --help'"),
-        (["enroll", "x"], "missing option '--namespace'; see 'pyambient enroll --help'"),
+        (["set"], "missing argument 'NETNS'; see 'pyambient set --help'"),
         (["unenroll"], "give either NETNS or --all; see 'pyambient unenroll --help'"),
         (["unenroll", "x", "--all"], "give either NETNS or --all; see 'pyambient unenroll --help'"),
         (["status", "-o", "xml"], "'xml' is not one of 'text', 'json'"),
         (["unenroll", "x", "--drain-timeout", "-1"], "-1.0 is not in the range"),
         (
             ["enroll", "x", "--namespace=a", "--service-account=b", "--backend=magic"],
-            "'magic' is not one of 'auto', 'bpf', 'nftables', 'iptables'",
+            "'magic' is not one of 'auto', 'bpf', 'tc', 'nftables', 'iptables'",
         ),
     ],
 )
