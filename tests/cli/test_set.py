@@ -97,7 +97,7 @@ def test_a_dry_run_shows_the_choices(running: Mesh) -> None:
         (["--exclude-inbound-cidrs=10.0.0.1/8"], "write 10.0.0.0/8"),
         (["--include-outbound-cidrs=@/nonexistent"], "cannot read /nonexistent"),
         (["--reroute-virtual-interfaces=lo"], "'lo' is no virtual interface"),
-        (["--reroute-virtual-interfaces=tap0"], "use --backend nftables or iptables"),
+        (["--reroute-virtual-interfaces=tap0"], "use --backend tc, nftables or iptables"),
     ],
 )
 def test_what_cannot_be_set(running: Mesh, words: list[str], says: str) -> None:
