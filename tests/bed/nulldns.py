@@ -51,6 +51,7 @@ class Forwarder:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind(("::", DNS_PORT))
         self._socket = trio.socket.from_stdlib_socket(made)
 
