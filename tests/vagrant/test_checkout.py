@@ -14,26 +14,29 @@ from vagrant.testbed.errors import BedError
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A checkout with a tracked, an untracked, an ignored and a removed file, and an object."""
+    """A checkout with a tracked, an untracked, an ignored and a removed file, and built ones."""
     root = tmp_path / "clone"
     objects = root / "pyambient/intercept/objects"
-    objects.mkdir(parents=True)
+    objects.joinpath("source").mkdir(parents=True)
     subprocess.run(["git", "init", "-q", str(root)], check=True)
-    (root / ".gitignore").write_text("*.o\n/ignored\n")
+    (root / ".gitignore").write_text("objects/\n/ignored\n")
     for name in ("tracked", "removed", "ignored"):
         (root / name).write_text(name)
     subprocess.run(["git", "-C", str(root), "add", "tracked", "removed"], check=True)
     (root / "removed").unlink()
     (root / "untracked").write_text("untracked")
     (objects / "connect.o").write_bytes(b"\x7fELF")
+    (objects / "source/maps.h").write_text("")
     return root
 
 
 def test_what_goes_in(clone: Path) -> None:
-    """Tracked and new files and the compiled programs; neither ignored files nor removed ones."""
+    """Tracked and new files and what was built; neither other ignored files nor removed ones."""
     names = [str(path) for path in checkout.files(clone)]
 
-    assert names == [".gitignore", "pyambient/intercept/objects/connect.o", "tracked", "untracked"]
+    built = ["connect.o", "source/maps.h"]
+    built = [f"pyambient/intercept/objects/{name}" for name in built]
+    assert names == [".gitignore", *built, "tracked", "untracked"]
 
 
 def test_the_job_disk(clone: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from .errors import BedError
 
 ROOT = Path(__file__).parent.parent.parent
 # What git ignores and a guest has no compiler for.
-_BUILT = ("pyambient/intercept/objects/*.o",)
+_BUILT = ("pyambient/intercept/objects/*.o", "pyambient/intercept/objects/source/*")
 # qemu rounds a raw disk to whole sectors.
 _SECTOR = 512
 
