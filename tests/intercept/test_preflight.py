@@ -278,7 +278,7 @@ def test_our_own_tables_without_a_record(bed: Bed, site: Site) -> None:
     steps = [step for step in _nftables(pod) if step.kind.startswith("nftables")]
     apply_stages(target(pod), steps)
     for backend in ("bpf", "iptables"):
-        assert "pyambient outbound" in _refused(target(pod), site, backend).what
+        assert "mesh: pyambient replies_in" in _refused(target(pod), site, backend).what
     preflight(target(pod), site, "nftables")
     undo_stages(target(pod), apply_stages(target(pod), _nftables(pod)))
     assert kernel_state(pod) == before
