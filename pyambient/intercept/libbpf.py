@@ -96,14 +96,15 @@ def _library() -> ctypes.CDLL:
     for name, (result, *arguments) in _PROTOTYPES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.libbpf_set_print(_printer)
     return library
 
 
 def ask(function: str, *arguments: Any) -> Any:
     """Call a function of libbpf that cannot fail, or whose NULL is an answer."""
     _log.clear()
-    return getattr(_library(), function)(*arguments)
+    library = _library()
+    library.libbpf_set_print(_printer)  # each time: bcc, in the same process, sets its own
+    return getattr(library, function)(*arguments)
 
 
 def call(function: str, *arguments: Any) -> Any:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from pyambient.errors import PyambientError
-from pyambient.intercept import bcc_object
+from pyambient.intercept import bcc_object, loader
 from pyambient.intercept.bcc_object import SOURCES, load
 from pyambient.intercept.kernel_headers import newest_headers
 from pyambient.intercept.kernel_objects import program_info
 from pyambient.intercept.loader import Constants, LoadedObject, ProgramRefused, load_compiled
+
+from .clang import compile_program
 
 _REFUSED = """
 #include "maps.h"
@@ -131,3 +133,14 @@ def test_no_headers(tmp_path: Path) -> None:
     """How to get some, and how to do without."""
     with pytest.raises(PyambientError, match=r"needs kernel headers.*; run 'apt"):
         newest_headers(tmp_path)
+
+
+def test_libbpf_still_says_why_after_bcc(
+    isolated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bcc brings a printer of its own for what libbpf says; ours is there again afterwards."""
+    load("bind", Constants(), {}).close()
+    monkeypatch.setattr(loader, "OBJECTS", tmp_path)
+    compile_program(_REFUSED, tmp_path, "refused")
+    with pytest.raises(ProgramRefused, match="invalid mem access"):
+        load_compiled("refused", Constants(), {})
