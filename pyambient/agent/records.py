@@ -161,7 +161,7 @@ class RecordStore:
 
     def all(self) -> list[Record]:
         """Every record, sorted by pod; PyambientError names the first that cannot be read."""
-        return sorted((_load(path) for path in self._files()), key=_order)
+        return sorted(filter(None, map(_load_listed, self._files())), key=_order)
 
     def readable(self) -> tuple[list[Record], list[PyambientError]]:
         """The records that can be read, sorted, and what is wrong with the others."""
@@ -169,9 +169,11 @@ class RecordStore:
         errors: list[PyambientError] = []
         for path in self._files():
             try:
-                records.append(_load(path))
+                record = _load_listed(path)
             except PyambientError as error:
                 errors.append(error)
+            else:
+                records += [record] if record else []
         return sorted(records, key=_order), errors
 
     def sweep(self) -> None:
@@ -190,6 +192,16 @@ class RecordStore:
 
     def __repr__(self) -> str:
         return f"<RecordStore {self.directory}>"
+
+
+def _load_listed(path: Path) -> Record | None:
+    """A record whose file was there a moment ago; None if its pod was freed meanwhile."""
+    try:
+        return _load(path)
+    except PyambientError:
+        if path.exists():
+            raise
+        return None
 
 
 def _load(path: Path) -> Record:

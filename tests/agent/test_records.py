@@ -107,6 +107,20 @@ def test_a_broken_file_names_itself_and_spares_the_others(store: RecordStore, te
         store.all()
 
 
+def test_a_pod_freed_while_records_are_read_is_no_error(
+    store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file was listed, and is gone when it is opened."""
+    for uid in ("u1", "u2"):
+        store.write(record(uid))
+    listed = list(store.directory.glob("*.json"))
+    store.remove("u1")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(listed))
+    assert [one.pod.uid for one in store.all()] == ["u2"]
+    assert [one.pod.uid for one in store.readable()[0]] == ["u2"]
+    assert store.readable()[1] == []
+
+
 def test_an_unknown_step_says_upgrade(store: RecordStore) -> None:
     """A record of a later version is not misread."""
     store.write(record())
