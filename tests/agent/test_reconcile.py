@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ def _replace(name: str) -> _Damage:
 
 def _remove_all_pins(_: Rig, __: BedPod) -> None:
     for path in sorted(_BPFFS.rglob("*"), reverse=True):
-        if path.is_dir():
-            path.rmdir()
-        else:
-            path.unlink()
+        # The agent is repairing meanwhile: what is gone, or full again, is its doing.
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
 
 
 _OF_BPF = {

@@ -7,6 +7,7 @@ creation, so that a test can write them down.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import subprocess
@@ -191,6 +192,9 @@ class Bed:
     _veth_count: int = 0
 
     def __enter__(self) -> Self:
+        # A left-over of a bed that broke down must not fail the tests after it: /run/netns is
+        # this session's own.
+        command("ip", "-all", "netns", "del")
         self.add_network(self.network)
         self.node = BedPod(
             self, "node", Netns.own(), f"{self.network.ipv4}.1", f"{self.network.ipv6}1"
@@ -198,16 +202,18 @@ class Bed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self.children:
-            child.kill()
-        self.cgroup.kill()
-        remove_pins()
-        _remove_rules_of_node()
-        for pod in self.pods.values():
-            self._remove_pod(pod)
-        for network in self.networks:
-            ip(f"link del {network.bridge}")
-        self.node.netns.close()
+        # Each step is tried whatever became of the others; the last pushed runs first.
+        with contextlib.ExitStack() as steps:
+            steps.callback(self.node.netns.close)
+            for network in self.networks:
+                steps.callback(ip, f"link del {network.bridge}")
+            for pod in self.pods.values():
+                steps.callback(self._remove_pod, pod)
+            steps.callback(_remove_rules_of_node)
+            steps.callback(remove_pins)
+            steps.callback(self.cgroup.kill)
+            for child in self.children:
+                steps.callback(child.kill)
 
     def add_network(self, network: Network) -> Network:
         """Create another layer-2 network; removed with the bed."""
