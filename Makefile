@@ -37,13 +37,17 @@ help: ## this list
 demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|tc|nftables|iptables, NOBPF=1)
 	$(BIN)/python -m examples.demo --backend $(BACKEND) $(if $(NOBPF),--without-bpf)
 
+# Tests mostly wait, for a deadline or a peer: more processes than cores. Each has namespaces and
+# a cgroup of its own.
+TEST_PROCESSES ?= 4
+
 .PHONY: test
 test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: test-bcc
 test-bcc: $(SETUP) ## interception by BPF once more, compiled and loaded by bcc
-	PYAMBIENT_TEST_LOADER=bcc $(BIN)/python -m pytest \
+	PYAMBIENT_TEST_LOADER=bcc $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
 	    -k 'bpf and not Linux' tests/intercept/test_bpf_capture.py tests/integration $(PYTEST_ARGS)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
