@@ -7,7 +7,7 @@ remember for its undoing (a sysctl's previous value) is on disk right after it w
 from __future__ import annotations
 
 import dataclasses
-import operator
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from pyambient.intercept.interface import (
 )
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.preflight import preflight
-from pyambient.intercept.rtnetlink import routing
+from pyambient.intercept.rtnetlink import session
 from pyambient.intercept.runner import (
     StepFailed,
     apply_stages,
@@ -70,7 +70,7 @@ def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore
     StepFailed leaves those before it in place: the record has them.
     """
     pod = enrolled.target
-    with routing(pod.netns):
+    with session(pod.netns):
         for step in sorted(steps, key=lambda step: step.stage):
             intended = observed(pod, step)
             _note(enrolled, intended, store)
@@ -80,14 +80,24 @@ def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore
 
 def observed(pod: Pod, step: Step) -> Step:
     """The step as it has to be on disk before it is applied."""
-    return step.observed(pod) if isinstance(step, Restoring) else step
+    if not _restores(type(step)):
+        return step
+    restoring: Restoring = step  # type: ignore[assignment]
+    return restoring.observed(pod)
+
+
+@functools.cache
+def _restores(kind: type[Step]) -> bool:
+    """To ask a protocol takes as long as to apply a small step."""
+    return issubclass(kind, Restoring)
 
 
 def _note(enrolled: Enrolled, step: Step, store: RecordStore) -> None:
     """Put a step in the place of its equal in the record, if it knows more."""
+    if any(step is known for known in enrolled.record.steps):
+        return
     steps = tuple(step if s == step else s for s in enrolled.record.steps)
-    if not all(map(operator.is_, steps, enrolled.record.steps)):
-        write(enrolled, enrolled.record.changed(steps=steps), store)
+    write(enrolled, enrolled.record.changed(steps=steps), store)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class RecordStore:
         """Replace the pod's record; an OSError leaves the one before."""
         path = self._path(record.pod.uid)
         temporary = path.with_suffix(".tmp")
-        text = json.dumps(record.to_json(), indent=1)
+        text = json.dumps(record.to_json())  # indented, it would not be C that encodes it
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

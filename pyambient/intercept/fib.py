@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pyambient.model.numbers import (
     DEVICE_METRIC,
@@ -38,8 +38,9 @@ from pyambient.model.numbers import (
 )
 from pyambient.netns import Netns
 
+from . import route_socket
 from .interface import Pod, PodNetwork, Stage, Step, step
-from .rtnetlink import device_names, request, routing, session
+from .rtnetlink import change, device_names, routes, session
 
 _LOCAL = 2  # RTN_LOCAL
 _LOCAL_TABLE = 255  # RT_TABLE_LOCAL
@@ -88,19 +89,17 @@ class Route:
         index = self._device_index(pod)
         if index is None:
             raise OSError(errno.ENODEV, f"there is no device {self.device}")
-        fields = self._fields(index)
-        added = request(pod.netns, lambda kernel: kernel.route("add", **fields), {errno.EEXIST})
         # The kernel says EEXIST for any route of this metric, whatever its device and source.
-        if not added and self.missing(pod):
-            self._replace(pod, fields)
+        if not self._change(pod, "add", index, {errno.EEXIST}) and self.missing(pod):
+            self._replace(pod, index)
         return self
 
-    def _replace(self, pod: Pod, fields: dict[str, Any]) -> None:
+    def _replace(self, pod: Pod, index: int) -> None:
         """Go to the place of one of our form; what is of another form is somebody else's."""
         routes = _routes_in(pod.netns, type(self), ipv6=self.ipv6)
         if not any(route is not None and route.metric == self.metric for route in routes):
             raise FileExistsError(errno.EEXIST, f"table {self.table} holds another such route")
-        request(pod.netns, lambda kernel: kernel.route("replace", **fields), ())
+        self._change(pod, "replace", index, ())
 
     def takes_over(self, earlier: Step) -> bool:
         """One of the same metric: the kernel exchanges them at one moment."""
@@ -114,8 +113,7 @@ class Route:
     def undo(self, pod: Pod) -> None:
         index = self._device_index(pod)
         if index is not None:  # else the device took its routes along
-            fields = self._fields(index)
-            request(pod.netns, lambda kernel: kernel.route("del", **fields), _GONE)
+            self._change(pod, "del", index, _GONE)
 
     def missing(self, pod: Pod) -> str | None:
         routes = _routes_in(pod.netns, type(self), ipv6=self.ipv6)
@@ -125,17 +123,12 @@ class Route:
         indices = {name: index for index, name in device_names(pod.netns).items()}
         return indices.get(self.device)
 
-    def _fields(self, index: int) -> dict[str, Any]:
-        return {
-            "family": _family(ipv6=self.ipv6),
-            "table": self.table,
-            "type": _LOCAL,
-            "scope": 0 if self.ipv6 else _HOST_SCOPE,
-            "dst": self.destination,
-            "oif": index,
-            "priority": self.metric,
-            **({"prefsrc": self.source} if self.source else {}),
-        }
+    def _change(self, pod: Pod, verb: str, index: int, harmless: Container[int]) -> bool:
+        family, scope = _family(ipv6=self.ipv6), 0 if self.ipv6 else _HOST_SCOPE
+        route = route_socket.Route(
+            self.table, _LOCAL, self.destination, index, self.source, self.metric
+        )
+        return change(pod.netns, lambda k: k.change_route(verb, family, route, scope), harmless)
 
 
 @step
@@ -156,12 +149,13 @@ class SlotRoute(Route):
 
 @dataclass(frozen=True, slots=True)
 class _MarkRule:
-    """A rule of one family on the mark: what it does, as request fields and in words."""
+    """A rule of one family on the mark: what it does, in numbers and in words."""
 
     kind: ClassVar[str]
     stage: ClassVar[Stage] = Stage.APPLY
     priority: ClassVar[int]
-    action: ClassVar[Mapping[str, int]]
+    action: ClassVar[int]
+    table: ClassVar[int] = 0
     verb: ClassVar[str]
 
     ipv6: bool
@@ -171,24 +165,23 @@ class _MarkRule:
         return f"{_ip(ipv6=self.ipv6)} rule add fwmark {mark} pref {self.priority} {self.verb}"
 
     def apply(self, pod: Pod) -> Self:
-        request(pod.netns, lambda kernel: kernel.rule("add", **self._fields()), {errno.EEXIST})
+        self._change(pod, "add", {errno.EEXIST})
         return self
 
     def undo(self, pod: Pod) -> None:
-        request(pod.netns, lambda kernel: kernel.rule("del", **self._fields()), _GONE)
+        self._change(pod, "del", _GONE)
 
     def missing(self, pod: Pod) -> str | None:
         rules = [rule for rule, _ in _rules_in(pod.netns, ipv6=self.ipv6)]
         return None if self in rules else "the rule is gone"
 
-    def _fields(self) -> dict[str, Any]:
-        return {
-            "family": _family(ipv6=self.ipv6),
-            "priority": self.priority,
-            "fwmark": LOOPBACK_MARK,
-            "fwmask": MARK_MASK,
-            **self.action,
-        }
+    def _change(self, pod: Pod, verb: str, harmless: Container[int]) -> None:
+        family = _family(ipv6=self.ipv6)
+        change(pod.netns, lambda k: k.change_rule(verb, family, self._wanted()), harmless)
+
+    @classmethod
+    def _wanted(cls) -> route_socket.Rule:
+        return route_socket.Rule(cls.priority, LOOPBACK_MARK, MARK_MASK, cls.action, cls.table)
 
 
 @step
@@ -198,7 +191,8 @@ class Rule(_MarkRule):
 
     kind: ClassVar[str] = "rule"
     priority: ClassVar[int] = RULE_PRIORITY
-    action: ClassVar[Mapping[str, int]] = {"action": _TO_TABLE, "table": ROUTE_TABLE}
+    action: ClassVar[int] = _TO_TABLE
+    table: ClassVar[int] = ROUTE_TABLE
     verb: ClassVar[str] = f"lookup {ROUTE_TABLE}"
 
 
@@ -209,7 +203,7 @@ class UnreachableRule(_MarkRule):
 
     kind: ClassVar[str] = "unreachable-rule"
     priority: ClassVar[int] = RULE_PRIORITY + 1
-    action: ClassVar[Mapping[str, int]] = {"action": _UNREACHABLE}
+    action: ClassVar[int] = _UNREACHABLE
     verb: ClassVar[str] = "unreachable"
 
 
@@ -262,45 +256,36 @@ def foreign(netns: Netns, recorded: Iterable[Step] = ()) -> list[str]:
 
 def _routes_in(netns: Netns, kind: type[Route], *, ipv6: bool) -> list[Route | None]:
     """The routes of a kind's table; None for one that is not of its form."""
-    with routing(netns) as kernel:
-        messages = kernel.get_routes(family=_family(ipv6=ipv6), table=kind.table)
-        devices = device_names(netns)
-        return [_route_of(message, kind, devices) for message in messages]
+    with routes(netns) as kernel:
+        found = kernel.routes(_family(ipv6=ipv6), kind.table)
+    devices = device_names(netns) if found else {}
+    return [_route_of(route, kind, devices, ipv6=ipv6) for route in found]
 
 
 def _rules_in(netns: Netns, *, ipv6: bool) -> list[tuple[Rule | UnreachableRule | None, str]]:
     """The rules in the place of ours, and which; None for one that is not of our form."""
-    with routing(netns) as kernel:
-        messages = list(kernel.get_rules(family=_family(ipv6=ipv6)))
+    with routes(netns) as kernel:
+        present = kernel.rules(_family(ipv6=ipv6))
     rules = []
-    for message in messages:
-        found = _rule_of(message)
-        priority, table = message.get_attr("FRA_PRIORITY"), message.get_attr("FRA_TABLE")
-        if found or priority == RULE_PRIORITY or table == ROUTE_TABLE:
-            rules.append((found, f"pref {priority} lookup {table}"))
+    for rule in present:
+        found = _rule_of(rule, ipv6=ipv6)
+        if found or rule.priority == RULE_PRIORITY or rule.table == ROUTE_TABLE:
+            rules.append((found, f"pref {rule.priority} lookup {rule.table}"))
     return rules
 
 
-def _route_of(message: Any, kind: type[Route], devices: dict[int, str]) -> Route | None:
-    route = kind(
-        ipv6=message["family"] == socket.AF_INET6,
-        device=devices.get(message.get_attr("RTA_OIF"), ""),
-        source=message.get_attr("RTA_PREFSRC"),
-        metric=message.get_attr("RTA_PRIORITY") or 0,
-    )
-    length = message["dst_len"]
-    destination = f"{message.get_attr('RTA_DST')}/{length}" if length else "default"
-    is_ours = message["type"] == _LOCAL and destination == route.destination
-    return route if is_ours else None
+def _route_of(
+    route: route_socket.Route, kind: type[Route], devices: dict[int, str], *, ipv6: bool
+) -> Route | None:
+    found = kind(ipv6, devices.get(route.device, ""), route.source, route.metric)
+    is_ours = route.kind == _LOCAL and route.destination == found.destination
+    return found if is_ours else None
 
 
-def _rule_of(message: Any) -> Rule | UnreachableRule | None:
-    selector = (message.get_attr("FRA_FWMARK"), message.get_attr("FRA_FWMASK"))
-    if selector != (LOOPBACK_MARK, MARK_MASK):
-        return None
-    found = {"action": message["action"], "table": message.get_attr("FRA_TABLE")}
-    for rule in (Rule, UnreachableRule):
-        at_its_place = message.get_attr("FRA_PRIORITY") == rule.priority
-        if at_its_place and rule.action.items() <= found.items():
-            return rule(message["family"] == socket.AF_INET6)
+def _rule_of(rule: route_socket.Rule, *, ipv6: bool) -> Rule | UnreachableRule | None:
+    for kind in (Rule, UnreachableRule):
+        wanted = kind._wanted()  # noqa: SLF001 - of this module
+        # Of a rule that sends nowhere the kernel may name any table.
+        if rule == (wanted if wanted.table else wanted._replace(table=rule.table)):
+            return kind(ipv6)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -25,12 +26,18 @@ from pyroute2.nftables.main import NFTables
 from pyambient.errors import UnsupportedFeature
 from pyambient.netns import Netns
 
+from .netlink_socket import NetlinkSocket, attributes_of
+
 NFPROTO_UNSPEC: Final = 0
 NFPROTO_IPV4: Final = 2
 NFPROTO_IPV6: Final = 10
 DORMANT: Final = 1  # NFT_TABLE_F_DORMANT: its chains are off
 _NLM_F_NONREC: Final = 0x100
 _BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN and _END
+_NETLINK_NETFILTER: Final = 12
+_GETCHAIN: Final = NFNL_SUBSYS_NFTABLES << 8 | 4
+_CHAIN_TABLE, _CHAIN_NAME = 1, 3  # NFTA_CHAIN_*
+_FAMILY: Final = struct.Struct("=BBH")  # nfgenmsg
 # What a kernel without nf_tables answers, or without nfnetlink altogether.
 _ABSENT: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT})
 
@@ -56,9 +63,13 @@ def _nfnetlink(netns: Netns, family: int) -> Iterator[Any]:
         finally:
             kernel.close()
     except OSError as error:
-        if error.errno in _ABSENT:
-            raise UnsupportedFeature("nf_tables", "3.13", "use iptables-legacy") from None
-        raise
+        raise _absent(error) from None
+
+
+def _absent(error: OSError) -> Exception:
+    if error.errno in _ABSENT:
+        return UnsupportedFeature("nf_tables", "3.13", "use iptables-legacy")
+    return error
 
 
 def tables(netns: Netns, family: int) -> dict[str, int]:
@@ -72,11 +83,19 @@ def tables(netns: Netns, family: int) -> dict[str, int]:
 
 def chains(netns: Netns, family: int) -> list[Chain]:
     """The chains of one family, or of all (NFPROTO_UNSPEC)."""
-    with _nfnetlink(netns, family) as kernel:
-        return [
-            Chain(m["nfgen_family"], m.get_attr("NFTA_CHAIN_TABLE"), m.get_attr("NFTA_CHAIN_NAME"))
-            for m in kernel.get_chains()
-        ]
+    try:
+        with NetlinkSocket(netns, _NETLINK_NETFILTER) as kernel:
+            answers = kernel.dump(_GETCHAIN, _FAMILY.pack(family, 0, 0))
+    except OSError as error:
+        raise _absent(error) from None
+    return [_chain(answer) for answer in answers]
+
+
+def _chain(answer: bytes) -> Chain:
+    family, *_ = _FAMILY.unpack_from(answer)
+    found = attributes_of(answer[_FAMILY.size :])
+    table, name = (os.fsdecode(found[kind].rstrip(b"\0")) for kind in (_CHAIN_TABLE, _CHAIN_NAME))
+    return Chain(family, table, name)
 
 
 def comments(netns: Netns, family: int, table: str) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """rtnetlink in a pod's network namespace, by one socket for all that a task does there.
 
-The socket is pyroute2's, made between two setns calls, and stays in the namespace wherever the
-thread is. (`pyroute2.NetNS` would start a helper for that, which takes 10 ms.)
+The socket is made between two setns calls, and stays in the namespace wherever the thread is. For
+devices, addresses, routes and rules it is our own (`route_socket`); for the rest pyroute2's.
+(`pyroute2.NetNS` would start a helper for that, which takes 10 ms.)
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from pyambient.netns import Netns
 
+from .route_socket import RouteSocket
+
 
 class _Session:
-    """A socket that is made when it is first needed."""
+    """A socket of each kind, made when it is first needed."""
 
     def __init__(self, netns: Netns) -> None:
         self.netns = netns
         self._kernel: Any = None
+        self._routes: RouteSocket | None = None
+
+    def routes(self) -> RouteSocket:
+        if self._routes is None:
+            self._routes = RouteSocket(self.netns)
+        return self._routes
 
     def kernel(self) -> Any:
         if self._kernel is None:
@@ -35,6 +44,8 @@ class _Session:
     def close(self) -> None:
         if self._kernel is not None:
             self._kernel.close()
+        if self._routes is not None:
+            self._routes.close()
 
     def __repr__(self) -> str:
         return f"<rtnetlink of {self.netns.name}>"
@@ -45,7 +56,7 @@ _current: ContextVar[_Session | None] = ContextVar("rtnetlink session", default=
 
 @contextlib.contextmanager
 def session(netns: Netns) -> Iterator[_Session]:
-    """Let every `routing(netns)` inside use one socket; sessions nest."""
+    """Let all that speak to `netns` inside use one socket; sessions nest."""
     current = _current.get()
     if current is not None and current.netns is netns:
         yield current
@@ -57,6 +68,25 @@ def session(netns: Netns) -> Iterator[_Session]:
     finally:
         _current.reset(token)
         opened.close()
+
+
+@contextlib.contextmanager
+def routes(netns: Netns) -> Iterator[RouteSocket]:
+    """A `RouteSocket` of the namespace: the session's, or one for this use alone."""
+    with session(netns) as current:
+        yield current.routes()
+
+
+def change(netns: Netns, send: Callable[[RouteSocket], None], harmless: Container[int]) -> bool:
+    """Change one thing; False if the kernel answers with one of the `harmless` errnos."""
+    with routes(netns) as kernel:
+        try:
+            send(kernel)
+        except OSError as error:
+            if error.errno in harmless:
+                return False
+            raise
+    return True
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyambient.model.address import canonical_ip, is_loopback
 from pyambient.netns import Netns
 
 from .interface import PodAddress, PodNetwork
-from .rtnetlink import routing
+from .route_socket import Address
+from .rtnetlink import routes
 
 _UP = 0x1  # IFF_UP
 _OPTIMISTIC, _DAD_FAILED, _DEPRECATED, _TENTATIVE = 0x04, 0x08, 0x20, 0x40  # IFA_F_*
@@ -35,11 +36,11 @@ def survey(netns: Netns) -> PodNetwork:
     and delivers to none of these addresses. An address that duplicate address detection refused
     is left out as well; one that it has not finished with is listed apart.
     """
-    with routing(netns) as kernel:
-        links = kernel.get_links()
-        messages = kernel.get_addr()
-    up = {m["index"]: m.get_attr("IFLA_IFNAME") for m in links if m["flags"] & _UP}
-    found = [_read(m, up[m["index"]]) for m in messages if m["index"] in up]
+    with routes(netns) as kernel:
+        links = kernel.links()
+        addresses = kernel.addresses()
+    up = {link.device: link.name for link in links if link.flags & _UP}
+    found = [_read(address, up[address.device]) for address in addresses if address.device in up]
     usable = [f for f in found if not f.flags & _DAD_FAILED and not is_loopback(f.address.ip)]
     # Stable: within a family and device, in the kernel's order, deprecated addresses last.
     usable.sort(key=lambda f: bool(f.flags & _DEPRECATED))
@@ -54,13 +55,11 @@ def survey(netns: Netns) -> PodNetwork:
     )
 
 
-def _read(message: Any, device: str) -> _Found:
-    # On a point-to-point device IFA_ADDRESS is the peer and IFA_LOCAL is ours.
-    ip = canonical_ip(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+def _read(address: Address, device: str) -> _Found:
+    ip = canonical_ip(address.ip)
     if ip.startswith("fe80:"):
-        ip = f"{ip}%{message['index']}"
-    flags = message.get_attr("IFA_FLAGS") or message["flags"]
-    return _Found(PodAddress(ip, device), flags)
+        ip = f"{ip}%{address.device}"
+    return _Found(PodAddress(ip, device), address.flags)
 
 
 def ipv6_devices(netns: Netns) -> frozenset[str]:
