@@ -31,7 +31,7 @@ PACKAGES := clang llvm libbpf-dev libc6-dev linux-libc-dev make \
 .PHONY: help
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | \
-	    awk -F'\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	    awk -F'\t' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
 .PHONY: demo
 demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|tc|nftables|iptables, NOBPF=1)
@@ -52,14 +52,14 @@ test-bcc: $(SETUP) ## interception by BPF once more, compiled and loaded by bcc
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf
-# 1: a part of the tests, for a quick look.
+# 1: a part of the tests or of a benchmark, for a quick look.
 QUICK ?=
 
 .PHONY: test-kernels
 test-kernels: bpf ## interception and demo on other kernels (KERNELS="5.10 6.1 6.12 nobpf")
 	vagrant/test-kernels $(if $(QUICK),--quick) $(KERNELS)
 
-# SHORT=1: a quick pass over everything; CHECK=1: exit 1 and name the rows that miss their bar.
+# SHORT=1, QUICK=1: a quick pass over everything; CHECK=1: exit 1 and name what misses its bar.
 SHORT ?=
 CHECK ?=
 ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5 --idle 1000)
@@ -67,6 +67,11 @@ ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5 --idle 1000)
 .PHONY: bench-engine
 bench-engine: $(SETUP) ## the byte path beside Envoy's (root; SHORT=1, CHECK=1, ENGINE_ARGS=...)
 	$(BIN)/python -m pyambient.bench.engine $(ENGINE_ARGS) $(if $(CHECK),--check)
+
+.PHONY: bench-intercept
+bench-intercept: $(SETUP) ## what each interception costs (root; QUICK=1, CHECK=1)
+	$(BIN)/python -m pyambient bench intercept $(if $(QUICK),--quick) $(if $(CHECK),--check)
+	$(BIN)/python -m pyambient bench report
 
 .PHONY: setup
 setup: packages $(VENV)/installed bpf ## system packages, virtual environment, BPF objects

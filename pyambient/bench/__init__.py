@@ -1,1 +1,1 @@
-"""Floor 4: benchmarks. They print tables of medians and ratios, and write the raw numbers."""
+"""Floor 5: benchmarks. They print tables of medians and ratios, and write the raw numbers."""

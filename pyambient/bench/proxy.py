@@ -1,7 +1,7 @@
-"""The subject "pyambient": a proxy process as `pyambient proxy` is, told of its pods directly.
+"""A proxy process as `pyambient proxy` is, told of its pods directly.
 
-`python -m pyambient.bench.engine.proxy SETTINGS`, a JSON object as `settings` makes it. There is no
-agent: what would come by ZDS and the details channel comes from the command line. All else is the
+`python -m pyambient.bench.proxy SETTINGS`, a JSON object as `start` takes it. There is no agent:
+what would come by ZDS and the details channel comes from the command line. All else is the
 product: mesh view, policies, certificates, access log.
 """
 
@@ -11,14 +11,18 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trio
 
+from pyambient.bench.pods import Placement
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
+from pyambient.errors import PyambientError
 from pyambient.hbone import LocalSettings
 from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.store import CertificateStore
@@ -31,14 +35,17 @@ from pyambient.observe.logs import configure
 from pyambient.observe.sink import LineSink
 from pyambient.proxy.pods import Pods
 from pyambient.proxy.worker import Worker
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import DnsCapture, PodDetails
+
+_READY: Final = "ready\n"
 
 
 async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
     authority = EmbeddedAuthority.open(Path(settings["ca_dir"]), DEFAULT_TRUST_DOMAIN)
     certificates = CertificateStore(authority)
     view = MeshView()
-    view.load(Path(settings["mesh"]))
+    if settings["mesh"]:
+        view.load(Path(settings["mesh"]))
     access_log = AccessLog("plain", sink.put)
     http2 = LocalSettings(**settings["http2"])
     worker = Worker(loop, view, certificates, access_log, DEFAULT_TRUST_DOMAIN, http2)
@@ -50,7 +57,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
         for pod in settings["pods"]:
             await _serve(pods, pod)
         calm()
-        sys.stdout.write("ready\n")
+        sys.stdout.write(_READY)
         sys.stdout.flush()
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
@@ -59,9 +66,28 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
 
 async def _serve(pods: Pods, pod: dict[str, Any]) -> None:
     name = pod["name"]
-    pods.describe(name, PodDetails(pod["backend"], tuple(pod["addresses"])))
+    dns = DnsCapture(**pod["dns"]) if "dns" in pod else None
+    pods.describe(name, PodDetails(pod["backend"], tuple(pod["addresses"]), dns=dns))
     netns = Netns.open(f"fd:{pod['fd']}")
     await pods.add(PodRef(name, name, pod["namespace"], name), netns)
+
+
+def start(
+    place: Placement, settings: Mapping[str, Any], pods: Iterable[Netns]
+) -> subprocess.Popen[str]:
+    """A proxy that listens in its pods.
+
+    `settings` are "mesh" (a file, or ""), "ca_dir", "log" (a file), "http2" (fields of
+    `LocalSettings`) and "pods", each with "name", "namespace", "fd" (the network namespace),
+    "backend", "addresses" and, where its DNS is captured, "dns" (fields of `DnsCapture`).
+    """
+    command = [sys.executable, "-m", "pyambient.bench.proxy", json.dumps(settings)]
+    fds = tuple(pod.fd for pod in pods)
+    process = place.start(command, stdout=subprocess.PIPE, pass_fds=fds)
+    assert process.stdout is not None  # noqa: S101 - a pipe
+    if process.stdout.readline() != _READY:
+        raise PyambientError("pyambient's proxy did not start", "see what it wrote above")
+    return process
 
 
 def _report(error: BaseException, owner: object) -> None:

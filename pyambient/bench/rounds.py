@@ -37,15 +37,22 @@ class Results:
         self, work: str, subject: str, other: str, value: Callable[[Sample], float]
     ) -> float | None:
         """The median over the rounds of one subject's value by the other's; None if unmeasured."""
-        pairs = list(zip(self.of(work, subject), self.of(work, other), strict=False))
-        return statistics.median(value(a) / value(b) for a, b in pairs) if pairs else None
+        ratios = self.ratios((work, subject), (work, other), value)
+        return statistics.median(ratios) if ratios else None
+
+    def ratios(
+        self, one: tuple[str, str], other: tuple[str, str], value: Callable[[Sample], float]
+    ) -> list[float]:
+        """One value by another, round by round; each is given by its work and its subject."""
+        pairs = zip(self.of(*one), self.of(*other), strict=False)
+        return [value(a) / value(b) for a, b in pairs if value(b)]
 
     def against(
         self, work: str, other: str, subject: str, value: Callable[[Sample], float]
     ) -> float | None:
         """The same for two kinds of work of one subject."""
-        pairs = list(zip(self.of(work, subject), self.of(other, subject), strict=False))
-        return statistics.median(value(a) / value(b) for a, b in pairs) if pairs else None
+        ratios = self.ratios((work, subject), (other, subject), value)
+        return statistics.median(ratios) if ratios else None
 
     def __repr__(self) -> str:
         return f"<Results of {', '.join(self.samples)}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +12,35 @@ from .options import common_options, examples, require_root
 
 _BACKENDS: Final = ("bpf", "tc", "nftables", "iptables")
 _WORK: Final = ("connections", "ping-pong", "bulk", "dns", "held")
-_SIDES: Final = ("client", "server", "both")
-_QUICK_SECONDS: Final = 0.2
+_SIDES: Final = ("client", "server", "both", "others")
+_PROXIES: Final = ("null", "real")
+_PARTS: Final = ("traffic", "exclusions", "pods", "enrolment")
+_RESULTS: Final = Path("build/bench/intercept.json")
+_PAGE: Final = Path("build/bench/intercept.html")
 
 
-@click.group("bench", epilog=examples("sudo pyambient bench intercept --quick"))
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """How much of it: CIDRs, pods, the pods whose enrolment is timed, and how often."""
+
+    enrolled: tuple[str, ...]
+    proxies: tuple[str, ...]
+    excluded: tuple[int, ...]
+    pods: tuple[int, ...]
+    places: tuple[int, ...]
+    times: int
+    rounds: int
+    seconds: float
+
+
+_WHOLE: Final = _Scale(_SIDES, _PROXIES, (0, 100, 10_000), (1, 10, 100, 500), (1, 200), 100, 5, 1.0)
+_QUICK: Final = _Scale(("client",), _PROXIES[:1], (0, 100), (1, 4), (1, 4), 5, 1, 0.1)
+
+
+@click.group(
+    "bench",
+    epilog=examples("sudo pyambient bench intercept --quick", "pyambient bench report"),
+)
 def command() -> None:
     """Measure what an interception costs."""
 
@@ -25,7 +50,15 @@ def command() -> None:
     epilog=examples(
         "sudo pyambient bench intercept --quick",
         "sudo pyambient bench intercept --backend bpf --work connections --rounds 15",
+        "sudo pyambient bench intercept --part enrolment --backend bpf --add --check",
     ),
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(_PARTS),
+    help="Only this; may be repeated.  [default: all]",
 )
 @click.option(
     "--backend",
@@ -38,22 +71,31 @@ def command() -> None:
     "--enrolled",
     multiple=True,
     type=click.Choice(_SIDES),
-    help="Whose pod is captured; may be repeated.  [default: each in turn]",
+    help="Whose pod is captured; may be repeated. With 'others' it is neither of the two that"
+    " speak.  [default: each in turn]",
+)
+@click.option(
+    "--proxy",
+    "proxies",
+    multiple=True,
+    type=click.Choice(_PROXIES),
+    help="Who serves what is captured: a proxy that does next to nothing, or pyambient's own; may"
+    " be repeated.  [default: both]",
 )
 @click.option("--work", multiple=True, type=click.Choice(_WORK), help="Only this; may be repeated.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), help=f"[default: {_WHOLE.rounds}]")
 @click.option(
     "--seconds",
     type=click.FloatRange(0.05),
-    default=1.0,
-    show_default=True,
-    help="Of each measurement.",
+    help=f"Of each measurement.  [default: {_WHOLE.seconds:g}]",
 )
-@click.option("--quick", is_flag=True, help="One short round with the client's pod enrolled.")
+@click.option("--quick", is_flag=True, help="A little of everything, once: does it work?")
+@click.option("--add", is_flag=True, help="Keep what --out has, and add to it.")
+@click.option("--check", is_flag=True, help="Exit with 1 if a bar is missed, and name it.")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("build/bench/intercept.json"),
+    default=_RESULTS,
     show_default=True,
     help="Where the raw numbers go.",
 )
@@ -63,29 +105,83 @@ def intercept(  # noqa: PLR0913 - an option each
     ctx: click.Context,
     /,
     *,
+    parts: tuple[str, ...],
     backends: tuple[str, ...],
     enrolled: tuple[str, ...],
+    proxies: tuple[str, ...],
     work: tuple[str, ...],
-    rounds: int,
-    seconds: float,
+    rounds: int | None,
+    seconds: float | None,
     quick: bool,
+    add: bool,
+    check: bool,
     out: Path,
 ) -> None:
     """Compare the backends with no proxy and with a proxy that is asked explicitly.
 
-    Each measurement has network namespaces of its own; all that takes part runs on one CPU. The
-    proxy is one that does next to nothing, so that it does not hide the differences.
+    Each measurement has network namespaces of its own; all that takes part runs on one CPU. Then
+    the cost is measured against the number of excluded CIDRs and of enrolled pods, and how long an
+    enrolment takes.
     """
     require_root("bench intercept")
     from pyambient.bench.intercept.settings import Settings  # noqa: PLC0415 - not for --help
     from pyambient.bench.walls import run_apart  # noqa: PLC0415 - not for --help
 
+    scale = _QUICK if quick else _WHOLE
+    chosen = parts or _PARTS
     settings = Settings(
         out=str(out.absolute()),
         backends=backends or _BACKENDS,
-        enrolled=enrolled or (_SIDES[:1] if quick else _SIDES),
-        work=work,
-        rounds=1 if quick else rounds,
-        seconds=_QUICK_SECONDS if quick else seconds,
+        enrolled=enrolled or scale.enrolled,
+        proxies=proxies or scale.proxies,
+        work=(work or _WORK) if "traffic" in chosen else (),
+        excluded=scale.excluded if "exclusions" in chosen else (),
+        pods=scale.pods if "pods" in chosen else (),
+        places=scale.places if "enrolment" in chosen else (),
+        times=scale.times,
+        rounds=rounds or scale.rounds,
+        seconds=seconds or scale.seconds,
+        add=add,
+        check=check,
     )
     ctx.exit(run_apart("pyambient.bench.intercept", [settings.as_text()]))
+
+
+@command.command(
+    "report",
+    epilog=examples("pyambient bench report", "pyambient bench report --out /tmp/intercept.html"),
+)
+@click.option(
+    "--in",
+    "source",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=_RESULTS,
+    show_default=True,
+    help="What 'bench intercept' wrote.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=_PAGE,
+    show_default=True,
+    help="Where the page goes.",
+)
+@common_options
+def report(source: Path, out: Path) -> None:
+    """Draw what was measured: one page of HTML that needs nothing else, and tables of text.
+
+    Needs matplotlib: pip install 'pyambient[report]'.
+    """
+    from pyambient.bench.intercept.samples import read  # noqa: PLC0415 - not for --help
+    from pyambient.bench.intercept.table import render, verdicts  # noqa: PLC0415 - not for --help
+    from pyambient.bench.rounds import Results  # noqa: PLC0415 - not for --help
+
+    content = read(source)
+    results = Results()
+    results.samples = content["samples"]
+    click.echo(f"{render(results)}\n{verdicts(results)}")
+    from pyambient.bench.intercept.page import page  # noqa: PLC0415 - needs matplotlib
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(content, results), "utf-8")
+    click.echo(f"drawn: {out}")

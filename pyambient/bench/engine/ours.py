@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
-import sys
 from pathlib import Path
 
-from pyambient.errors import PyambientError
+from pyambient.bench import proxy
 from pyambient.hbone import LocalSettings
 
 from .bed import (
@@ -84,10 +82,4 @@ def _start(
         "http2": dataclasses.asdict(http2),
         "pods": pods,
     }
-    command = [sys.executable, "-m", "pyambient.bench.engine.proxy", json.dumps(settings)]
-    fds = tuple(bed.pods[name].fd for name in names)
-    process = bed.proxy(names[0]).start(command, stdout=subprocess.PIPE, pass_fds=fds)
-    assert process.stdout is not None  # noqa: S101 - a pipe
-    if process.stdout.readline() != "ready\n":
-        raise PyambientError("pyambient's proxy did not start", "see what it wrote above")
-    return process
+    return proxy.start(bed.proxy(names[0]), settings, (bed.pods[name] for name in names))

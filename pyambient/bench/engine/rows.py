@@ -4,44 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from pyambient.bench.bars import Figure, Row
 from pyambient.bench.rounds import Results, Sample
 from pyambient.model.numbers import MAX_STREAMS_OPENED
 
 from . import scenarios, work
 from .subjects import ENVOY, OURS, OURS_16K, OURS_UNSHARED
-
-Figure = Callable[[Results], float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """`figure` has to be at least, or at most, `bar`; without one the row only informs.
-
-    `parts` are the medians that are shown beside it: ours, and what it is compared with.
-    """
-
-    name: str
-    figure: Figure
-    parts: tuple[Figure, Figure]
-    unit: str
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def short(self, results: Results) -> bool:
-        """Whether the row was measured and misses its bar."""
-        figure = self.figure(results)
-        if figure is None:
-            return False
-        low = self.at_least is not None and figure < self.at_least
-        return low or (self.at_most is not None and figure > self.at_most)
-
-    @property
-    def bar(self) -> str:
-        if self.at_least is not None:
-            return f"≥ {self.at_least:g}"
-        return f"≤ {self.at_most:g}" if self.at_most is not None else ""
 
 
 def compared(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pyambient.bench.bars import Row
 from pyambient.bench.markdown import number, table
 from pyambient.bench.rounds import Results
-
-from .rows import Row
 
 _COLUMNS = ("work", "ours", "theirs", "ratio", "bar", "")
 

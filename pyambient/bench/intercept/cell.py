@@ -15,7 +15,8 @@ from pyambient.errors import PyambientError
 from pyambient.model.numbers import DNS_PORT, OUTBOUND_PORT
 
 from .bed import Bed, Node, bed
-from .work import APP_PORT, CLIENT, EXPLICIT, SERVER, Cell
+from .serving import Null, Proxy, Real
+from .work import APP_PORT, CLIENT, EXPLICIT, REAL, SERVER, Cell
 
 _HERE = Path(__file__).parent
 _LOOPBACK: Final = {"v4": "127.0.0.1", "v6": "::1"}
@@ -76,44 +77,38 @@ class _Run:
             self._tool, CLIENT, self.cell.work.kind, *self.target, *at_once, seconds
         )
 
-    def serve_by_null(self) -> dict[str, Load]:
-        """A proxy in each enrolled pod; in the client's if it is asked explicitly."""
-        if self.cell.subject == EXPLICIT:
+    def proxies(self) -> list[Proxy]:
+        """Whoever serves the enrolled pods; in the client's, the one that is asked explicitly."""
+        subject = self.cell.subject
+        if subject == EXPLICIT:
             words = ("explicit", self.bed.server_ip, self.cell.work.port)
-            return {CLIENT: self._null(CLIENT, *words)}
-        how = "steered" if self.cell.subject.backend in _STEERING else "redirected"
-        return {name: self._null(name, how) for name in self.bed.enrolled}
-
-    def _null(self, pod: str, *words: object) -> Load:
-        load = Load(self.tools.null, self.bed.proxy(pod), *words)
-        load.wait_warm()
-        return load
-
-
-# Backends that leave a connection's addresses alone; the others translate them.
-_STEERING: Final = frozenset({"bpf", "tc"})
+            return [Null(self.tools.null, self.bed, CLIENT, *words)]
+        if subject.proxy == REAL:
+            return [Real(self.bed)]
+        how = "steered" if self.bed.steers else "redirected"
+        return [Null(self.tools.null, self.bed, name, how) for name in self.bed.enrolled]
 
 
 def measure(cell: Cell, node: Node, tools: Tools, seconds: float) -> Sample:
     """What the tool counted, CPU seconds of all that took part, and what the proxies saw.
 
-    PyambientError if a proxy has not seen all that it had to.
+    PyambientError if a proxy has not seen all that it had to, or something that it must not.
     """
     with bed(node, cell) as made, contextlib.ExitStack() as running:
         run = _Run(cell, made, tools)
         server = _until_end(running, run.serve())
         made.prepare()
-        proxies = run.serve_by_null()
-        for proxy in proxies.values():
+        proxies = run.proxies()
+        for proxy in proxies:
             running.callback(proxy.end)
         made.capture()
         for held in run.hold():
             _until_end(running, held)
-        pids = [server.pid, *(proxy.pid for proxy in proxies.values())]
-        sample = _counted(run.send(seconds), pids)
-        seen = {name: proxy.last_words() for name, proxy in proxies.items()}
-    _check_capture(cell, sample, seen)
-    return {**sample, "captured": min(map(_captured, seen.values()), default=0)}
+        sample = _counted(run.send(seconds), server, proxies)
+        least = _least(cell, sample)
+        captured = min((proxy.seen(sample, least) for proxy in proxies), default=0)
+    _check_capture(cell, captured, least)
+    return {**sample, "captured": captured}
 
 
 def _until_end(running: contextlib.ExitStack, load: Load) -> Load:
@@ -121,25 +116,31 @@ def _until_end(running: contextlib.ExitStack, load: Load) -> Load:
     return load
 
 
-def _counted(traffic: Load, others: list[int]) -> Sample:
-    pids = (traffic.pid, *others)
-    before = sum(map(cpu_seconds, pids))
-    after: list[float] = []
-    counted = traffic.result(lambda: after.extend(map(cpu_seconds, pids)))
-    return {**counted, "cpu": sum(after) - before}
+def _counted(traffic: Load, server: Load, proxies: list[Proxy]) -> Sample:
+    """With the CPU time of all, and of the proxies alone."""
+    serving = [proxy.pid for proxy in proxies]
+    pids = (traffic.pid, server.pid, *serving)
+    before = {pid: cpu_seconds(pid) for pid in pids}
+    spent: dict[int, float] = {}
+
+    def take() -> None:
+        spent.update({pid: cpu_seconds(pid) - before[pid] for pid in pids})
+
+    counted = traffic.result(take)
+    return {**counted, "cpu": sum(spent.values()), "cpu_proxy": sum(spent[p] for p in serving)}
 
 
-def _captured(seen: Sample) -> float:
-    return seen["accepted"] + seen["answered"]
+def _least(cell: Cell, sample: Sample) -> float:
+    """How many connections and queries a proxy has to have seen."""
+    if not cell.subject.captured and cell.subject != EXPLICIT:
+        return 0
+    return sample["operations"] if cell.work.connects_each_time else 1 + cell.work.held
 
 
-def _check_capture(cell: Cell, sample: Sample, seen: dict[str, Sample]) -> None:
+def _check_capture(cell: Cell, captured: float, least: float) -> None:
     """Nothing is worth less than the cost of a capture that did not happen."""
-    least = sample["operations"] if cell.work.connects_each_time else 1 + cell.work.held
-    for pod, words in seen.items():
-        if _captured(words) < least:
-            raise PyambientError(
-                f"{cell.subject.name}, {cell.row}: the proxy of the {pod} saw"
-                f" {_captured(words):.0f} of {least:.0f}",
-                "run 'pyambient check'",
-            )
+    if captured < least or (captured and not least):
+        raise PyambientError(
+            f"{cell.subject.name}, {cell.row}: a proxy saw {captured:.0f} of {least:.0f}",
+            "run 'pyambient check'",
+        )

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from pyambient.bench.rounds import Results, Sample
+from pyambient.intercept.options import BACKENDS
 
-from .work import BULK, CONNECTIONS, DIRECT, DNS, EXPLICIT, FAMILIES, HELD, PING_PONG, Work
+from .work import (
+    BULK,
+    CLIENT,
+    CONNECTIONS,
+    DIRECT,
+    DNS,
+    EXPLICIT,
+    FAMILIES,
+    HELD,
+    PING_PONG,
+    Subject,
+    Work,
+    beside,
+    enrolling,
+    excluding,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,41 +69,123 @@ BESIDE: Final = Figure(f"ping-pong beside {HELD.held} held, p50", HELD, "µs", m
 FIGURES: Final = (SET_UP, CPU, ROUND_TRIP, STREAM, QUERY, BESIDE)
 
 
+class Spread(NamedTuple):
+    """What came of several rounds."""
+
+    least: float
+    lower: float
+    median: float
+    upper: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self | None:
+        """None of no values; `lower` and `upper` are the quartiles."""
+        if not values:
+            return None
+        if len(values) == 1:
+            return cls(*(values[0],) * 5)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(min(values), lower, median, upper, max(values))
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure of one subject in one family; ratios are None where there is nothing to compare.
-
-    `low` and `high` are the least and the most of the rounds.
-    """
+    """One figure of one subject in one family; a ratio is None where there is none."""
 
     figure: Figure
     family: str
     subject: str
-    median: float
-    low: float
-    high: float
-    to_direct: float | None
-    to_explicit: float | None
+    values: Spread
+    to_direct: Spread | None
+    to_explicit: Spread | None
 
 
 def lines(results: Results) -> Iterator[Line]:
-    """All that was measured, figure by figure."""
+    """All that was measured of traffic, figure by figure."""
     for figure in FIGURES:
         for family in FAMILIES:
             row = f"{figure.work.name}/{family}"
             for subject in results.samples.get(row, {}):
-                yield _line(results, figure, family, row, subject)
+                values = Spread.of([figure.value(sample) for sample in results.of(row, subject)])
+                if values is not None:
+                    direct, explicit = (
+                        Spread.of(results.ratios((row, subject), (row, other.name), figure.value))
+                        for other in (DIRECT, EXPLICIT)
+                    )
+                    yield Line(figure, family, subject, values, direct, explicit)
 
 
-def _line(results: Results, figure: Figure, family: str, row: str, subject: str) -> Line:
-    samples = [figure.value(sample) for sample in results.of(row, subject)]
-    return Line(
-        figure,
-        family,
-        subject,
-        results.median(row, subject, figure.value) or 0.0,
-        min(samples),
-        max(samples),
-        results.ratio(row, subject, DIRECT.name, figure.value),
-        results.ratio(row, subject, EXPLICIT.name, figure.value),
-    )
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a connection costs by this backend when there is more of something: {how much: cost}.
+
+    The cost is CPU time, and 1 is what it is with the least.
+    """
+
+    backend: str
+    family: str
+    costs: Mapping[int, Spread]
+
+
+def by_exclusions(results: Results) -> list[Growth]:
+    """Against the number of CIDRs that are excluded."""
+    counts = _counts(results, " CIDRs")
+    found = []
+    for family, backend in itertools.product(FAMILIES, BACKENDS):
+        subject, first = Subject(backend, CLIENT).name, excluding(min(counts, default=0), family)
+        costs = {
+            count: results.ratios(
+                (excluding(count, family), subject), (first, subject), cpu_per_operation
+            )
+            for count in counts
+        }
+        found.append(_growth(backend, family, costs))
+    return [growth for growth in found if growth is not None]
+
+
+def by_pods(results: Results) -> list[Growth]:
+    """Against the number of enrolled pods, each measured beside a client that asks explicitly."""
+    found = []
+    for backend in BACKENDS:
+        subject = Subject(backend, CLIENT).name
+        costs = {
+            count: results.ratios(
+                (beside(count, backend), subject),
+                (beside(count, backend), EXPLICIT.name),
+                cpu_per_operation,
+            )
+            for count in _counts(results, f" pods by {backend}")
+        }
+        unit = statistics.median(costs[min(costs)]) if costs else 1
+        scaled = {count: [cost / unit for cost in made] for count, made in costs.items()}
+        found.append(_growth(backend, "v4", scaled))
+    return [growth for growth in found if growth is not None]
+
+
+def _counts(results: Results, what: str) -> list[int]:
+    """How much of it there was, in the order of growth."""
+    rows = [row.rpartition("/")[2] for row in results.samples if row.endswith(what)]
+    return sorted({int(row.removesuffix(what)) for row in rows})
+
+
+def _growth(backend: str, family: str, costs: Mapping[int, Sequence[float]]) -> Growth | None:
+    spreads = {count: Spread.of(values) for count, values in costs.items()}
+    known = {count: spread for count, spread in spreads.items() if spread is not None}
+    return Growth(backend, family, known) if known else None
+
+
+def milliseconds(results: Results, place: int, backend: str, what: str = "enrol") -> list[float]:
+    """How long each enrolment of the pod at this place took, shortest first."""
+    return sorted(sample[what] * 1e3 for sample in results.of(enrolling(place), backend))
+
+
+def places(results: Results) -> list[int]:
+    """The pods whose enrolment was timed."""
+    rows = (row.partition("/") for row in results.samples)
+    return sorted(int(number) for kind, _, number in rows if kind == "enrolment")
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """Of sorted values: the least one that this part of them does not exceed."""
+    return values[max(0, math.ceil(part * len(values)) - 1)]

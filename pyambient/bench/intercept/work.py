@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +10,9 @@ from pyambient.model.numbers import RESOLVER_PORT
 APP_PORT: Final = 9000
 ECHO, SINK, HOST = APP_PORT, APP_PORT + 1, APP_PORT + 3
 CLIENT, SERVER, BOTH, NOBODY = "client", "server", "both", "nobody"
+OTHERS: Final = "others"  # another pod of the node, and neither of the two that speak
 NULL, REAL, NO_PROXY = "null", "real", "none"
+PROXIES: Final = (NULL, REAL)
 FAMILIES: Final = ("v4", "v6")
 
 
@@ -51,7 +51,8 @@ class Subject:
     """One way from the client to the server.
 
     `backend` is one of pyambient's, "direct" (no proxy) or "explicit" (the client connects to a
-    proxy in its pod on purpose); `enrolled` says whose pod is captured, `proxy` who serves it.
+    proxy in its pod on purpose); `enrolled` says whose pod is captured, `proxy` who serves it: the
+    one in C ("null") or pyambient's own ("real").
     """
 
     backend: str
@@ -65,11 +66,13 @@ class Subject:
 
     @property
     def captured(self) -> bool:
-        return self.enrolled != NOBODY
+        return self.enrolled not in (NOBODY, OTHERS)
 
     def does(self, work: Work) -> bool:
         """DNS is captured where it is asked, over UDP by all backends but tc."""
-        return not work.is_dns or (self.enrolled != SERVER and self.backend != "tc")
+        if not work.is_dns or not self.captured:
+            return True
+        return self.enrolled != SERVER and self.backend != "tc"
 
 
 DIRECT: Final = Subject("direct", proxy=NO_PROXY)
@@ -78,25 +81,38 @@ EXPLICIT: Final = Subject("explicit")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is measured in one go, in network namespaces of its own."""
+    """What is measured in one go, in network namespaces of its own.
+
+    `excluded` CIDRs, to which nobody connects, are kept from the capture, where that is what is
+    measured. `crowd` is how many pods of the node are enrolled, and by which backend.
+    """
 
     subject: Subject
     work: Work
     family: str
+    excluded: int | None = None
+    crowd: tuple[int, str] | None = None
 
     @property
     def row(self) -> str:
         """What the samples of all subjects that can be compared are kept under."""
+        if self.excluded is not None:
+            return excluding(self.excluded, self.family)
+        if self.crowd is not None:
+            return beside(*self.crowd)
         return f"{self.work.name}/{self.family}"
 
 
-def subjects(backends: Sequence[str], enrolled: Sequence[str]) -> list[Subject]:
-    """Both that captures are compared with, and each backend with each of the pods enrolled."""
-    return [DIRECT, EXPLICIT, *(Subject(*pair) for pair in itertools.product(backends, enrolled))]
+def excluding(count: int, family: str) -> str:
+    """The row of connections beside exclusions."""
+    return f"{CONNECTIONS.name}/{family}/{count} CIDRs"
 
 
-def cells(chosen: Sequence[Subject], work: Sequence[Work]) -> Iterator[Cell]:
-    """A round."""
-    for kind, family, subject in itertools.product(work, FAMILIES, chosen):
-        if subject.does(kind):
-            yield Cell(subject, kind, family)
+def beside(count: int, backend: str) -> str:
+    """The row of connections of one of so many pods that are enrolled."""
+    return f"{CONNECTIONS.name}/v4/{count} pods by {backend}"
+
+
+def enrolling(place: int) -> str:
+    """The row of the enrolment of a pod that is this one in turn."""
+    return f"enrolment/{place}"
