@@ -95,6 +95,8 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], mark: int) -> s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
         sock.bind(address)
+        # What it accepts has a peer's port as its own: an app's bind() to that port must not fail.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.listen(_BACKLOG)
     except OSError:
         sock.close()
