@@ -6,6 +6,7 @@ proxy's part it alone knows, and is asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -13,17 +14,20 @@ from typing import Any, Final, Self
 from pyambient.errors import UsageError
 from pyambient.intercept import explain as interception
 from pyambient.intercept.bpf_steps import CapturedDevice, OwnAddress
+from pyambient.intercept.egress_guard import EgressGuard
 from pyambient.intercept.explain import Interception
 from pyambient.intercept.fib import Route, Rule, SlotRoute
 from pyambient.intercept.interface import Pod, Step
 from pyambient.intercept.listeners import ProxyListeners, listening
 from pyambient.intercept.runner import lost
+from pyambient.intercept.tc_steps import Redirect
 from pyambient.model.address import SocketAddress, canonical_ip
 from pyambient.model.explained import Explanation, Finding, Outcome
 from pyambient.model.numbers import RESERVED_PORTS
 from pyambient.netns import Netns
 from pyambient.zds.details import Explain
 
+from .described import details_of
 from .records import Record, State
 
 DEFAULT_PORT: Final = 80
@@ -87,22 +91,26 @@ def completed(before: Explanation, proxy: Mapping[str, Any] | None) -> Explanati
 
 def observe(record: Record, netns: Netns) -> Interception:
     """How the pod is intercepted at this moment."""
-    steps = record.steps
-    gone = _gone(Pod(record.pod.uid, netns), steps)
+    gone = _gone(Pod(record.pod.uid, netns), record.steps)
+    steps = [step for step in record.steps if step not in gone]
     own = {step.ip.partition("%")[0] for step in steps if isinstance(step, OwnAddress)}
     return Interception(
         record.backend,
         "" if record.state is State.ENROLLED else f"the pod is {record.state.value}",
         frozenset((*own, *record.addresses)),
         record.options,
-        frozenset((s.device, s.ipv6) for s in steps if isinstance(s, CapturedDevice)),
-        _routed(steps, gone),
+        details_of(record).dns is not None,
+        _capturing_devices(steps),
+        frozenset(s.device for s in steps if isinstance(s, EgressGuard) and not s.counts_only),
+        _routed(steps),
         _listeners(steps, netns),
     )
 
 
 def _gone(pod: Pod, steps: Iterable[Step]) -> frozenset[Step]:
-    return frozenset(step for step, _ in lost(pod, [s for s in steps if _delivers(s)]))
+    """What is not in place any more of all that is asked for below."""
+    asked = [s for s in steps if _delivers(s) or isinstance(s, Redirect | EgressGuard)]
+    return frozenset(step for step, _ in lost(pod, asked))
 
 
 def _delivers(step: Step) -> bool:
@@ -111,9 +119,16 @@ def _delivers(step: Step) -> bool:
     return by_lo or isinstance(step, Rule)
 
 
-def _routed(steps: Iterable[Step], gone: frozenset[Step]) -> frozenset[bool]:
+def _capturing_devices(steps: Iterable[Step]) -> frozenset[tuple[str, bool]]:
+    """Those where sockets, with tc packets, are captured, each with the family (True: IPv6)."""
+    routed = {(s.device, s.ipv6) for s in steps if isinstance(s, CapturedDevice)}
+    redirected = {s.device for s in steps if isinstance(s, Redirect)}
+    return frozenset(routed | set(itertools.product(redirected, (False, True))))
+
+
+def _routed(steps: Iterable[Step]) -> frozenset[bool]:
     """The families that have both a rule and a route for the mark (True: IPv6)."""
-    there = [step for step in steps if _delivers(step) and step not in gone]
+    there = [step for step in steps if _delivers(step)]
     rules = {step.ipv6 for step in there if isinstance(step, Rule)}
     return frozenset(step.ipv6 for step in there if isinstance(step, Route)) & rules
 

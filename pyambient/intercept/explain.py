@@ -1,7 +1,8 @@
 """What the interception of a pod would do to a connection, rule by rule; pure functions.
 
-The rules are those of bpf/connect.bpf.c and bpf/lookup.bpf.c, and of `netfilter`, in their order.
-What they hand to the proxy ends as CAPTURED here: the proxy explains the rest.
+The rules are those of bpf/connect.bpf.c, bpf/redirect.bpf.c and bpf/lookup.bpf.c, and of
+`netfilter`, in their order. What they hand to the proxy ends as CAPTURED here: the proxy explains
+the rest.
 """
 
 from __future__ import annotations
@@ -36,22 +37,31 @@ class Interception:
     """What decides about a pod's connections, as it is now.
 
     `problem` says why nothing is captured yet, or any more; empty while the pod is enrolled.
-    `devices` are those whose routes capture bound sockets, each as (name, is it for IPv6);
-    `routed` tells for which family (True: IPv6) marked packets are delivered on lo. `listeners`
-    are the ports on which the proxy listens.
+    `dns` tells whether it captures the pod's DNS, over UDP as well. `devices` are those whose
+    routes capture bound sockets, with `tc` those that have a redirect, each as (name, is it for
+    IPv6); `guarded` have a guard that drops what goes past the capture. `routed` tells for which
+    family (True: IPv6) marked packets are delivered on lo. `listeners` are the ports on which the
+    proxy listens.
     """
 
     backend: str
     problem: str
     addresses: frozenset[str]
     options: CaptureOptions
+    dns: bool
     devices: frozenset[tuple[str, bool]]
+    guarded: frozenset[str]
     routed: frozenset[bool]
     listeners: frozenset[int]
 
     @property
     def netfilter(self) -> bool:
         return self.backend in _NETFILTER
+
+    @property
+    def at_devices(self) -> bool:
+        """Whether packets are captured where they leave, not sockets where they connect."""
+        return self.backend == "tc"
 
     def has(self, ip: str) -> bool:
         """Whether the address is one of the pod's own."""
@@ -69,12 +79,14 @@ def explain_outbound(pod: Interception, to: SocketAddress, device: str = "") -> 
 def _outbound(pod: Interception, to: SocketAddress, device: str) -> Iterator[Ruled]:
     yield _enrolled(pod)
     yield _inside(pod, to.ip)
+    if pod.at_devices:
+        yield _redirected(pod, device, ipv6=to.is_ipv6)
     yield _selected("outbound", pod.options.outbound, to.ip, to.port)
-    if device:
+    if device and not pod.at_devices:
         yield _bound(pod, device, ipv6=to.is_ipv6)
     if not pod.netfilter:
         yield _route(pod, ipv6=to.is_ipv6)
-    is_query = to.port == RESOLVER_PORT and pod.options.dns
+    is_query = to.port == RESOLVER_PORT and pod.dns
     yield _dns(pod, to.port)
     yield _listener(pod, DNS_PORT if is_query else OUTBOUND_PORT, "its connect is refused")
     if is_query:
@@ -146,20 +158,45 @@ def _bound(pod: Interception, device: str, *, ipv6: bool) -> Ruled:
     return Finding(rule, False, found), End(Outcome.REFUSED, f"its connect is refused: {found}")
 
 
+def _redirected(pod: Interception, device: str, *, ipv6: bool) -> Ruled:
+    """With tc it counts by which device a packet leaves; a bound socket is one of any other."""
+    rule = "redirect"
+    there = {name for name, for_ipv6 in pod.devices if for_ipv6 is ipv6}
+    if device in there or (there and not device):
+        where = device or " ".join(sorted(there))
+        return Finding(rule, True, f"TCP that leaves by {where}, whose ever, goes back by lo"), None
+    found, end = _not_redirected(pod, device)
+    return Finding(rule, False, found), end
+
+
+def _not_redirected(pod: Interception, device: str) -> tuple[str, End]:
+    if device == "lo":
+        found = "nobody takes what is sent to others by lo"
+        return found, End(Outcome.REFUSED, f"it goes nowhere: {found}")
+    where = device or "any device"
+    if device in pod.guarded or (pod.guarded and not device):
+        found = f"there is none at {where}, and the guard drops what has not passed one"
+        return found, End(Outcome.REFUSED, f"it hangs: {found}")
+    found = f"there is none at {where}, which the agent has not seen yet"
+    return found, End(Outcome.DIRECT, f"not captured: {found}")
+
+
 def _route(pod: Interception, *, ipv6: bool) -> Ruled:
     rule, family = "route", "IPv6" if ipv6 else "IPv4"
     if ipv6 in pod.routed:
         found = f"{family} marked {LOOPBACK_MARK:#x} is delivered on lo by table {ROUTE_TABLE}"
         return Finding(rule, True, found), None
     found = f"table {ROUTE_TABLE} delivers no {family}, as the pod has no address or lost a route"
-    return Finding(rule, False, found), End(Outcome.REFUSED, f"its connect is refused: {found}")
+    what = "it hangs" if pod.at_devices else "its connect is refused"
+    return Finding(rule, False, found), End(Outcome.REFUSED, f"{what}: {found}")
 
 
 def _dns(pod: Interception, port: int) -> Ruled:
     if port != RESOLVER_PORT:
         return Finding("DNS", False, f"port {port} is not {RESOLVER_PORT}"), None
-    if not pod.options.dns:
-        return Finding("DNS", False, "the pod's DNS is not captured: TCP like any other"), None
+    if not pod.dns:
+        found = "the pod's DNS is not captured: UDP leaves as it is, TCP is like any other"
+        return Finding("DNS", False, found), None
     return Finding("DNS", True, f"port {RESOLVER_PORT} goes to the proxy's forwarder"), None
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pyambient.agent.explain import DEFAULT_PORT, Inquiry
 from pyambient.errors import UsageError
+from pyambient.intercept.interface import Pod
+from pyambient.intercept.tc_steps import Redirect
 from pyambient.model.address import SocketAddress
-from tests.bed import BedPod
+from tests.bed import BedPod, ClientOptions, apps
 
 from .rig import Rig
 
@@ -59,3 +63,58 @@ def test_a_proxy_that_says_nothing_leaves_it_at_captured(rig: Rig, backend: str)
     proxy.kill()
     rig.wait_for_proxies(0)
     assert outcome(rig, one, f"{two.ipv4}:8080")[0] == "refused"
+
+
+def _enrolled_with_tc(rig: Rig) -> tuple[BedPod, BedPod, BedPod]:
+    """Two pods that are enrolled and one that is not, whom nobody looks at in the meantime."""
+    rig.settings = replace(rig.settings, round_pause=60)
+    rig.start_agent()
+    rig.start_proxy()
+    pods = rig.bed.pod("one"), rig.bed.pod("two"), rig.bed.pod("outside")
+    for pod in pods[:2]:
+        rig.enroll(pod, "tc")
+    return pods
+
+
+def _told_and_seen(rig: Rig, client: BedPod, server: BedPod, family: str, device: str) -> list[str]:
+    """What is said of a connection, and what becomes of it: an answer, none, or no connection.
+
+    Who is captured has none: the rig's proxy takes connections and answers nothing.
+    """
+    to = SocketAddress(server.address(family), 8080)
+    exchange = client.run(apps.request, to, b"x", ClientOptions(device=device or None, timeout=2))
+    seen = "direct" if exchange.data else "refused" if exchange.stage == "connect" else "captured"
+    return [outcome(rig, client, str(to), device=device)[0], seen]
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("", "captured"), ("eth0", "captured"), ("lo", "refused")]
+)
+def test_tc_captures_by_the_device(rig: Rig, family: str, device: str, expected: str) -> None:
+    """A bound socket like any other, but for lo, by which nothing gets to others."""
+    one, two, _ = _enrolled_with_tc(rig)
+    for client, server in ((one, two), (two, one)):
+        with server.spawn(apps.echo_server, 8080) as echo:
+            assert echo.receive() == "listening"
+            assert _told_and_seen(rig, client, server, family, device) == [expected] * 2
+
+
+def test_what_tc_has_no_redirect_for(rig: Rig, family: str) -> None:
+    """A device that lost it has its guard; what leaves by one not seen yet is plain and said so."""
+    one, two, outside = _enrolled_with_tc(rig)
+    record = rig.records()["one"]
+    for step in record.steps:
+        if isinstance(step, Redirect):
+            step.undo(Pod(record.pod.uid, one.netns))
+    with outside.spawn(apps.echo_server, 8080) as echo:
+        assert echo.receive() == "listening"
+        assert _told_and_seen(rig, one, outside, family, "") == ["refused"] * 2
+        assert _told_and_seen(rig, two, outside, family, "") == ["captured"] * 2
+
+
+def test_tc_says_that_it_captures_no_dns_over_udp(rig: Rig) -> None:
+    """DNS over TCP is captured like any connection."""
+    one, two, _ = _enrolled_with_tc(rig)
+    said = rig.ask("explain", netns=one.path, to=f"{two.ipv4}:53")
+    dns = {finding["rule"]: finding["found"] for finding in said["findings"]}["DNS"]
+    assert (said["outcome"], "UDP leaves as it is" in dns) == ("captured", True)

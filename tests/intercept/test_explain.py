@@ -18,11 +18,13 @@ POD = Interception(
     problem="",
     addresses=frozenset(("10.0.0.1", "fd00::1", "fe80::1")),
     options=CaptureOptions(),
+    dns=True,
     devices=frozenset((("eth0", False), ("eth0", True), ("eth1", False))),
+    guarded=frozenset(),
     routed=frozenset((False, True)),
     listeners=frozenset(RESERVED_PORTS),
 )
-BACKENDS = ("bpf", "nftables", "iptables")
+BACKENDS = ("bpf", "tc", "nftables", "iptables")
 
 
 def choosing(**options: Any) -> CaptureOptions:
@@ -64,7 +66,7 @@ def decisive(explained: Explanation) -> str:
         (("10.0.0.2", 80), {"listeners": frozenset((15053,))}, Outcome.REFUSED, "listener"),
         (("10.0.0.2", 53), {"listeners": frozenset((15001,))}, Outcome.REFUSED, "listener"),
         (("10.0.0.2", 53), {}, Outcome.FORWARDED, "forwarder"),
-        (("10.0.0.2", 53), {"options": choosing(dns=False)}, Outcome.CAPTURED, "captured"),
+        (("10.0.0.2", 53), {"dns": False}, Outcome.CAPTURED, "captured"),
         (
             ("10.0.0.2", 53),
             {"options": choosing(outbound={"exclude_ports": "53"})},
@@ -90,23 +92,54 @@ def test_what_becomes_of_a_connection_of_an_app(
         ("bpf", "10.0.0.2", "eth1", Outcome.CAPTURED),
         ("bpf", "fd00::2", "eth1", Outcome.REFUSED),
         ("bpf", "10.0.0.2", "eth2", Outcome.REFUSED),
+        ("tc", "10.0.0.2", "eth1", Outcome.CAPTURED),
+        ("tc", "10.0.0.2", "eth2", Outcome.DIRECT),
+        ("tc", "10.0.0.2", "lo", Outcome.REFUSED),
+        ("tc", "10.0.0.1", "lo", Outcome.DIRECT),
         ("nftables", "10.0.0.2", "eth0", Outcome.REFUSED),
         ("iptables", "fd00::2", "eth0", Outcome.REFUSED),
         ("iptables", "10.0.0.1", "eth0", Outcome.DIRECT),
     ],
 )
 def test_a_socket_bound_to_a_device(backend: str, to: str, device: str, outcome: Outcome) -> None:
-    """With bpf the device's route captures it, if there is one; with netfilter nothing does."""
+    """The device's route captures it (bpf), its redirect (tc), if there is one; or nothing."""
     pod = replace(POD, backend=backend)
     assert explain_outbound(pod, SocketAddress(to, 80), device).outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("device", "guarded", "outcome"),
+    [
+        ("", (), Outcome.DIRECT),
+        ("", ("eth0",), Outcome.REFUSED),
+        ("eth0", ("eth0",), Outcome.REFUSED),
+        ("eth2", ("eth0",), Outcome.DIRECT),
+    ],
+)
+def test_without_a_redirect_the_guard_is_left(
+    device: str, guarded: tuple[str, ...], outcome: Outcome
+) -> None:
+    """Backend tc: a device that lost its redirect, and one that the agent has not seen."""
+    pod = replace(POD, backend="tc", devices=frozenset(), guarded=frozenset(guarded))
+    explained = explain_outbound(pod, SocketAddress("10.0.0.2", 80), device)
+    assert (explained.outcome, decisive(explained)) == (outcome, "redirect")
+
+
+def test_dns_that_is_not_captured_is_said_of_udp() -> None:
+    """What the outcome says holds for TCP; over UDP such a query leaves as it is."""
+    explained = explain_outbound(replace(POD, dns=False), SocketAddress("10.0.0.2", 53))
+    (dns,) = [finding for finding in explained.findings if finding.rule == "DNS"]
+    assert (dns.matched, "UDP leaves as it is" in dns.found) == (False, True)
 
 
 @pytest.mark.parametrize(("routed", "refused"), [((True,), "10.0.0.2"), ((False,), "fd00::2")])
 def test_a_family_without_a_route_is_refused(routed: tuple[bool], refused: str) -> None:
     """A marked packet that nothing delivers goes nowhere; netfilter has no mark to deliver."""
     pod = replace(POD, routed=frozenset(routed))
-    explained = explain_outbound(pod, SocketAddress(refused, 80))
-    assert (explained.outcome, decisive(explained)) == (Outcome.REFUSED, "route")
+    for backend, what in (("bpf", "its connect is refused"), ("tc", "it hangs")):
+        explained = explain_outbound(replace(pod, backend=backend), SocketAddress(refused, 80))
+        assert (explained.outcome, decisive(explained)) == (Outcome.REFUSED, "route")
+        assert explained.summary.startswith(what)
     for backend in ("nftables", "iptables"):
         by_redirect = replace(pod, backend=backend)
         assert explain_outbound(by_redirect, SocketAddress(refused, 80)).outcome is Outcome.CAPTURED
@@ -161,7 +194,7 @@ def test_what_becomes_of_a_connection_to_the_pod(
     ("source", "to"), [(PROBE_ADDRESS_V4, "10.0.0.1"), (PROBE_ADDRESS_V6, "fd00::1")]
 )
 def test_an_address_tells_probes_with_netfilter_alone(source: str, to: str) -> None:
-    """With bpf whoever has that address is captured like anybody else."""
+    """With bpf and tc whoever has that address is captured like anybody else."""
     outcomes = {
         backend: explain_inbound(
             replace(POD, backend=backend), source, SocketAddress(to, 80)
@@ -170,6 +203,7 @@ def test_an_address_tells_probes_with_netfilter_alone(source: str, to: str) -> N
     }
     assert outcomes == {
         "bpf": Outcome.CAPTURED,
+        "tc": Outcome.CAPTURED,
         "nftables": Outcome.DIRECT,
         "iptables": Outcome.DIRECT,
     }
