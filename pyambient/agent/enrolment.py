@@ -15,14 +15,16 @@ a file from which any process can undo what was done (`free`, with no agent at a
 
 The kernel's part is synchronous code that enters the pod's network namespace with a thread; it
 runs in trio's worker threads, one at a time, because the loader and the netlink sockets behind it
-are not made for more. Waiting for a proxy or for a drain holds up only its own pod.
+are not made for more. What has no effect before the gate and takes long (`Reserving`) goes beside
+it. Waiting for a proxy or for a drain holds up only its own pod.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +47,7 @@ from .interception import (
     has_drifted,
     make_plan,
     planned,
+    reserve,
     write,
 )
 from .kernel import KernelQueue
@@ -55,7 +58,8 @@ from .records import Record, RecordStore, State
 from .switch import Switch
 
 _PREPARING: Final = (Stage.PREPARE,)
-_CAPTURING: Final = (Stage.APPLY, Stage.STEER, Stage.GATE)
+_DELIVERING: Final = (Stage.APPLY, Stage.STEER)
+_GATING: Final = (Stage.GATE,)
 _STEERING: Final = (Stage.STEER, Stage.GATE)
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _ROLLBACK_TIMEOUT: Final = 30.0
@@ -174,11 +178,13 @@ class Enrolments:
         )
         self._write(enrolled, planned(record, plan, site))
         await self._apply(enrolled, _PREPARING)
-        pid = await self._proxies.start(
-            enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout
-        )
-        self._check_proxy(pid, plan.backend)
-        await self._apply(enrolled, _CAPTURING)
+        async with _beside(partial(reserve, enrolled)):
+            pid = await self._proxies.start(
+                enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout
+            )
+            self._check_proxy(pid, plan.backend)
+            await self._apply(enrolled, _DELIVERING)
+        await self._apply(enrolled, _GATING)
         self._write(enrolled, enrolled.record.changed(state=State.ENROLLED))
 
     async def _apply(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
@@ -355,6 +361,17 @@ class Enrolments:
 
     def __repr__(self) -> str:
         return f"<Enrolments {len(self._pods)} pods>"
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Callable[[], None]) -> AsyncIterator[None]:
+    """Have a thread do `work` meanwhile; both have ended when the block has."""
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, work)
+            yield
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _members(cgroup: Path) -> set[int]:

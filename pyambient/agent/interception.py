@@ -6,19 +6,24 @@ remember for its undoing (a sysctl's previous value) is on disk right after it w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pyambient.errors import PyambientError
 from pyambient.intercept.choose import choose
 from pyambient.intercept.fingerprint import fingerprint, tells
 from pyambient.intercept.interface import (
     Interceptor,
     Plan,
     Pod,
+    Reserving,
     Restoring,
     Site,
+    Stage,
     Step,
     is_of_node,
 )
@@ -67,15 +72,28 @@ def addresses_of(plan: Plan) -> tuple[str, ...]:
 def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore) -> None:
     """Apply steps of the record in the order of their stages, noting each in the record.
 
-    StepFailed leaves those before it in place: the record has them.
+    What a stage is going to replace is noted at once, before its first step. StepFailed leaves
+    the steps before it in place: the record has them.
     """
     pod = enrolled.target
     with session(pod.netns):
-        for step in sorted(steps, key=lambda step: step.stage):
-            intended = observed(pod, step)
+        for _, stage in itertools.groupby(sorted(steps, key=_stage), key=_stage):
+            intended = [observed(pod, step) for step in stage]
             _note(enrolled, intended, store)
-            (applied,) = apply_stages(pod, (intended,))
-            _note(enrolled, applied, store)
+            for step in intended:
+                _note(enrolled, apply_stages(pod, (step,)), store)
+
+
+def _stage(step: Step) -> Stage:
+    return step.stage
+
+
+def reserve(enrolled: Enrolled) -> None:
+    """Begin with what takes long of the steps that come last."""
+    for step in enrolled.record.steps:
+        if step.stage is Stage.GATE and isinstance(step, Reserving):
+            with contextlib.suppress(PyambientError, OSError):
+                step.reserve(enrolled.target)
 
 
 def observed(pod: Pod, step: Step) -> Step:
@@ -92,12 +110,13 @@ def _restores(kind: type[Step]) -> bool:
     return issubclass(kind, Restoring)
 
 
-def _note(enrolled: Enrolled, step: Step, store: RecordStore) -> None:
-    """Put a step in the place of its equal in the record, if it knows more."""
-    if any(step is known for known in enrolled.record.steps):
-        return
-    steps = tuple(step if s == step else s for s in enrolled.record.steps)
-    write(enrolled, enrolled.record.changed(steps=steps), store)
+def _note(enrolled: Enrolled, these: Iterable[Step], store: RecordStore) -> None:
+    """Put steps in the place of their equals in the record, as far as they know more."""
+    recorded = {id(step) for step in enrolled.record.steps}
+    more = {step: step for step in these if id(step) not in recorded}
+    if more:
+        steps = tuple(more.get(step, step) for step in enrolled.record.steps)
+        write(enrolled, enrolled.record.changed(steps=steps), store)
 
 
 @dataclass(frozen=True, slots=True)

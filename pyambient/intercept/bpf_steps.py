@@ -167,10 +167,15 @@ class CapturedDevice(MapEntry):
     def describe(self) -> str:
         return f"bpf map devices += {self.device} for {'IPv6' if self.ipv6 else 'IPv4'}"
 
+    def observed(self, pod: Pod) -> Self:
+        """With the index, so that it need not be noted device by device."""
+        return self if self.index else dataclasses.replace(self, index=self._current_index(pod))
+
     def apply(self, pod: Pod) -> Self:
         current = self._current_index(pod)
-        if self.index != current:
-            self.undo(pod)
+        if self.index == current:
+            return MapEntry.apply(self, pod)
+        self.undo(pod)
         return MapEntry.apply(dataclasses.replace(self, index=current), pod)
 
     def missing(self, pod: Pod) -> str | None:

@@ -6,6 +6,11 @@ tcx (Linux 6.6) attaches by a link, which is pinned and belongs to us alone. Bef
 a filter of the device's clsact qdisc (tc-bpf(8)); the qdisc goes with the last filter of ours if
 nobody else had made it. Which of the two this kernel takes is found by trying.
 
+The kernel takes a while to attach by tcx: it waits until no CPU is still at the programs from
+before (an RCU grace period, several milliseconds). To exchange a link's program it waits for
+nothing. So the place can be reserved early, by a program that lets everything pass, while other
+steps are applied; to apply the step is to exchange that one.
+
 Several of our programs may sit at one hook, and their order counts. A `rank` says it: with clsact
 it is the filter's priority. With tcx the first rank goes ahead of whatever is there, the others to
 the end, so the first comes first again when it is attached anew.
@@ -33,9 +38,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from pyambient.netns import Netns
 
+from . import libbpf
 from .bpf_node import PROGRAM_PREFIX, pod_directory
 from .interface import Pod, Stage
-from .kernel_objects import AttachType, Link
+from .kernel_objects import AttachType, Link, LinkInfo, program_info
 from .loader import LoadedObject
 from .rtnetlink import request, routing
 
@@ -44,6 +50,10 @@ _SIOCGIFHWADDR: Final = 0x8927
 # ARPHRD_ETHER and ARPHRD_LOOPBACK of linux/if_arp.h.
 _LIKE_ETHERNET: Final = (1, 772)
 _NO_TCX: Final = frozenset((errno.EINVAL, errno.EOPNOTSUPP))
+_SCHED_CLS: Final = 3  # BPF_PROG_TYPE_SCHED_CLS
+_BYSTANDER: Final = f"{PROGRAM_PREFIX}bystand"
+# r0 = TCX_NEXT (-1); exit
+_PASS: Final = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
 _GONE: Final = frozenset((errno.ENOENT, errno.ENODEV, errno.EINVAL))
 
 
@@ -98,14 +108,49 @@ class DeviceProgram(ABC):
     def apply(self, pod: Pod) -> Self:
         if self.missing(pod) is None:
             return self
-        self.undo(pod)
         index = self._current_index(pod)
+        reserved = self._reserved(pod, index)
+        if reserved is None:
+            self.undo(pod)
+        try:
+            return self._attached(pod, index, reserved)
+        except BaseException:
+            self._pin(pod).unlink(missing_ok=True)
+            raise
+        finally:
+            if reserved is not None:
+                reserved.close()
+
+    def _attached(self, pod: Pod, index: int, reserved: Link | None) -> Self:
         with self.load(pod) as loaded:
             program = loaded.program_fd(self.place.program)
-            if self._link(pod, program, index):
-                return dataclasses.replace(self, index=index, by_filter=False)
-            made = add_filter(self._netns(pod), index, self.place, program)
-        return dataclasses.replace(self, index=index, by_filter=True, made_qdisc=made)
+            if reserved is not None:
+                reserved.update(program)
+            elif not self._link(pod, program, index):
+                made = add_filter(self._netns(pod), index, self.place, program)
+                return dataclasses.replace(self, index=index, by_filter=True, made_qdisc=made)
+        return dataclasses.replace(self, index=index, by_filter=False)
+
+    def reserve(self, pod: Pod) -> None:
+        """Take the place by tcx, where this kernel has that, with a program that does nothing."""
+        if self._pin(pod).exists():
+            return
+        program = _bystander()
+        try:
+            self._link(pod, program, self._current_index(pod))
+        finally:
+            os.close(program)
+
+    def _reserved(self, pod: Pod, index: int) -> Link | None:
+        """The link that holds the place on this very device."""
+        link = Link.open_pinned(self._pin(pod))
+        if link is None:
+            return None
+        info = link.info()
+        if info.target == index and _runs(info, _BYSTANDER):
+            return link
+        link.close()
+        return None
 
     def undo(self, pod: Pod) -> None:
         self._pin(pod).unlink(missing_ok=True)
@@ -123,8 +168,10 @@ class DeviceProgram(ABC):
         if link is None:
             return f"no {self.place.name} on {self.device}"
         with link:
-            attached = link.info().target == self.index
-        return None if attached else f"the {self.place.name} has lost {self.device}"
+            info = link.info()
+        if info.target != self.index:
+            return f"the {self.place.name} has lost {self.device}"
+        return f"no {self.place.name} on {self.device}" if _runs(info, _BYSTANDER) else None
 
     def _link(self, pod: Pod, program: int, index: int) -> bool:
         """Attach by tcx; False where this kernel has none."""
@@ -168,6 +215,20 @@ class DeviceProgram(ABC):
     def _pin(self, pod: Pod) -> Path:
         device = urllib.parse.quote(self.device, safe="").replace(".", "%2E")
         return pod_directory(Path(self.bpffs), pod.uid) / f"{self.place.name}-{device}"
+
+
+def _bystander() -> int:
+    """A program that lets all pass to whatever comes behind it; its fd."""
+    return int(
+        libbpf.call(
+            "bpf_prog_load", _SCHED_CLS, _BYSTANDER.encode(), b"GPL", _PASS, len(_PASS) // 8, None
+        )
+    )
+
+
+def _runs(link: LinkInfo, name: str) -> bool:
+    program = program_info(link.program)
+    return program is not None and program.name == name
 
 
 def add_filter(netns: Netns, index: int, place: DevicePlace, program: int) -> bool:

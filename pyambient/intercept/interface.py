@@ -153,6 +153,18 @@ class Replacing(Protocol):
         """Whether `earlier`, which is in place, is ended by applying this one."""
 
 
+@runtime_checkable
+class Reserving(Protocol):
+    """A step of the stage GATE of which a part takes long, and can be done beside stages before it.
+
+    That part has no effect yet. What fails there is no matter: `apply` then does all of it, and
+    says what is wrong.
+    """
+
+    def reserve(self, pod: Pod) -> None:
+        """Do that part; `undo` takes it away."""
+
+
 def is_of_node(step: Step) -> bool:
     """Whether the step is the same one for every pod that has it: its class says `of_node`."""
     return bool(getattr(step, "of_node", False))

@@ -248,6 +248,10 @@ class Link(KernelObject):
         """Let the program run no more, whoever still holds the link (Linux 5.9)."""
         libbpf.call("bpf_link_detach", self.fd)
 
+    def update(self, program: int) -> None:
+        """Have the program fd run from now on, in the place of the one before."""
+        libbpf.call("bpf_link_update", self.fd, program, None)
+
     def info(self) -> LinkInfo:
         raw = _info(self.fd)
         kind, identifier, program = struct.unpack_from("=III", raw)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any, Final
 
@@ -52,9 +53,11 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
     "bpf_map_get_next_key": (c_int, c_int, c_void_p, c_void_p),
     "bpf_link_create": (c_int, c_int, c_int, c_int, c_void_p),
     "bpf_link_detach": (c_int, c_int),
+    "bpf_link_update": (c_int, c_int, c_int, c_void_p),
     "bpf_link_get_next_id": (c_int, c_uint32, POINTER(c_uint32)),
     "bpf_link_get_fd_by_id": (c_int, c_uint32),
     "bpf_prog_get_fd_by_id": (c_int, c_uint32),
+    "bpf_prog_load": (c_int, c_uint32, c_char_p, c_char_p, c_char_p, c_size_t, c_void_p),
     "bpf_prog_query": (
         c_int, c_int, c_int, c_uint32, POINTER(c_uint32), c_void_p, POINTER(c_uint32),
     ),
@@ -69,7 +72,16 @@ _PROTOTYPES: Final[dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 _Printer = ctypes.CFUNCTYPE(c_int, c_int, c_void_p, c_void_p)
-_log: list[str] = []
+
+
+class _Log(threading.local):
+    """What libbpf printed to this thread: others may be loading meanwhile."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+
+_log = _Log()
 
 
 def _keep(level: int, form: int, arguments: int) -> int:
@@ -77,7 +89,7 @@ def _keep(level: int, form: int, arguments: int) -> int:
     if level == _WARNING:
         text = ctypes.create_string_buffer(_LOG_BYTES)
         _libc.vsnprintf(text, c_size_t(_LOG_BYTES), c_void_p(form), c_void_p(arguments))
-        _log.append(text.value.decode(errors="replace"))
+        _log.lines.append(text.value.decode(errors="replace"))
     return 0
 
 
@@ -101,7 +113,7 @@ def _library() -> ctypes.CDLL:
 
 def ask(function: str, *arguments: Any) -> Any:
     """Call a function of libbpf that cannot fail, or whose NULL is an answer."""
-    _log.clear()
+    _log.lines.clear()
     library = _library()
     library.libbpf_set_print(_printer)  # each time: bcc, in the same process, sets its own
     return getattr(library, function)(*arguments)
@@ -119,4 +131,4 @@ def call(function: str, *arguments: Any) -> Any:
 
 def last_log() -> tuple[str, ...]:
     """The warnings that libbpf printed during the last call, line by line."""
-    return tuple("".join(_log).splitlines())
+    return tuple("".join(_log.lines).splitlines())

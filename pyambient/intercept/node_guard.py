@@ -62,6 +62,9 @@ class NodeGuard(DeviceProgram):
             keep_new(pod, bpffs, loaded, shared)
             yield loaded
 
+    def reserve(self, pod: Pod) -> None:
+        """Nothing: to find the device takes as long."""
+
     def _netns(self, pod: Pod) -> Netns:  # noqa: ARG002 - the same for every pod
         return _node()
 
