@@ -44,6 +44,7 @@ _OFFSETS: Final = {"v4": -0.16, "v6": 0.16}
 _ROW, _MARGIN = 0.27, 1.0  # inches
 _DOT: Final = 6.5
 _NAME_GAP: Final = 0.065
+_NEAR: Final = 0.2  # parts of an axis
 
 
 class _Rows:
@@ -97,10 +98,11 @@ def comparison(figure: Figure, lines: Iterable[Line]) -> str:
     direct = [found.median for f in FAMILIES if (found := chosen.get((DIRECT.name, f)))]
 
     def finish(axes: Any) -> None:
-        _reference(axes, 1, "explicit proxy")
-        if direct:
-            _reference(axes, sum(direct) / len(direct), "no proxy", dashed=True)
         axes.set_xlabel(f"times that of the explicit proxy  ·  {_better(figure)}")
+        if direct:
+            _two_references(axes, sum(direct) / len(direct), "no proxy", 1, "explicit proxy")
+        else:
+            _reference(axes, 1, "explicit proxy")
         _shade(axes, more=figure.more_is_better)
 
     return chart.drawn(finish, figure.name)
@@ -203,7 +205,9 @@ def _mark(axes: Any, place: float, spread: Spread, colour: str, *, hollow: bool)
     )
 
 
-def _reference(axes: Any, value: float, text: str, *, dashed: bool = False) -> None:
+def _reference(
+    axes: Any, value: float, text: str, *, dashed: bool = False, align: str = "center"
+) -> None:
     axes.axvline(value, color=INK["muted"], lw=1.1, ls=(0, (3, 3)) if dashed else "-", zorder=1)
     axes.annotate(
         text,
@@ -211,11 +215,22 @@ def _reference(axes: Any, value: float, text: str, *, dashed: bool = False) -> N
         xycoords=("data", "axes fraction"),
         xytext=(0, 4),
         textcoords="offset points",
-        ha="center",
+        ha=align,
         va="bottom",
         fontsize=9,
         color=INK["muted"],
     )
+
+
+def _two_references(axes: Any, dashed: float, its_name: str, solid: float, the_others: str) -> None:
+    """Two of them; where they are close their names stand on either side."""
+    axes.plot((dashed, solid), (0, 0), alpha=0)  # so that both are on the axis
+    low, high = axes.get_xlim()
+    aligns = ("center", "center")
+    if abs(dashed - solid) < _NEAR * (high - low):
+        aligns = ("right", "left") if dashed < solid else ("left", "right")
+    _reference(axes, dashed, its_name, dashed=True, align=aligns[0])
+    _reference(axes, solid, the_others, align=aligns[1])
 
 
 def _shade(axes: Any, *, more: bool) -> None:

@@ -21,6 +21,7 @@ from .work import (
     EXPLICIT,
     FAMILIES,
     HELD,
+    OTHERS,
     PING_PONG,
     Subject,
     Work,
@@ -106,7 +107,7 @@ def lines(results: Results) -> Iterator[Line]:
     for figure in FIGURES:
         for family in FAMILIES:
             row = f"{figure.work.name}/{family}"
-            for subject in results.samples.get(row, {}):
+            for subject in sorted(results.samples.get(row, {}), key=_rank):
                 values = Spread.of([figure.value(sample) for sample in results.of(row, subject)])
                 if values is not None:
                     direct, explicit = (
@@ -114,6 +115,13 @@ def lines(results: Results) -> Iterator[Line]:
                         for other in (DIRECT, EXPLICIT)
                     )
                     yield Line(figure, family, subject, values, direct, explicit)
+
+
+def _rank(subject: str) -> tuple[bool, bool, str, str, int]:
+    """Direct and explicit come first, then who captures, in the order of preference."""
+    backend, enrolled, proxy = subject.split("/")
+    known = BACKENDS.index(backend) if backend in BACKENDS else -1
+    return (known >= 0, enrolled == OTHERS, proxy, enrolled, known)
 
 
 @dataclass(frozen=True, slots=True)
