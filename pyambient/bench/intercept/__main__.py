@@ -90,6 +90,9 @@ class _Run:
                 for sample in latencies(mesh, crowd, place, self.settings.times):
                     self.samples.add([(enrolling(place), backend, sample)])
                     self._bar.advance(self._task)
+            self._say(f"freeing the pods of {backend}")
+            for pod in crowd.pods:
+                mesh.free(pod)
         finally:
             mesh.end()
             crowd.close()

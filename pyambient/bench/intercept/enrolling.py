@@ -99,10 +99,11 @@ def _path(pod: Netns) -> str:
 
 
 def latencies(mesh: Mesh, crowd: Crowd, place: int, times: int) -> Iterator[Sample]:
-    """Enrol the pod at this place `times` times, beside all before it."""
+    """Enrol the pod at this place `times` times, beside all before it; it stays enrolled then."""
     for pod in crowd.grow(place - 1):
         mesh.enrol(pod)
     (pod,) = crowd.grow(place)
     for _ in range(times):
         took = mesh.enrol(pod)
         yield {"enrol": took, "free": mesh.free(pod)}
+    mesh.enrol(pod)
