@@ -43,8 +43,12 @@ class Results:
     def ratios(
         self, one: tuple[str, str], other: tuple[str, str], value: Callable[[Sample], float]
     ) -> list[float]:
-        """One value by another, round by round; each is given by its work and its subject."""
-        pairs = zip(self.of(*one), self.of(*other), strict=False)
+        """One value by another, round by round; each is given by its work and its subject.
+
+        A sample's round is its "round", where it has one, else its place among its subject's.
+        """
+        ours, theirs = (_by_round(self.of(*which)) for which in (one, other))
+        pairs = [(ours[number], theirs[number]) for number in ours if number in theirs]
         return [value(a) / value(b) for a, b in pairs if value(b)]
 
     def against(
@@ -56,6 +60,10 @@ class Results:
 
     def __repr__(self) -> str:
         return f"<Results of {', '.join(self.samples)}>"
+
+
+def _by_round(samples: Sequence[Sample]) -> dict[float, Sample]:
+    return {sample.get("round", place): sample for place, sample in enumerate(samples)}
 
 
 def turns(subjects: Sequence[T], rounds: int) -> Iterator[Sequence[T]]:

@@ -129,7 +129,8 @@ def test_check_names_what_falls_short_and_add_keeps_it(isolated, tmp_path):
     for _ in range(9):
         for subject in samples:
             slow = 1000 if subject.startswith("bpf") else 1
-            samples[subject].append({**samples[subject][0], "p50": slow})
+            number = len(samples[subject]) + 1
+            samples[subject].append({**samples[subject][0], "p50": slow, "round": number})
     (tmp_path / "intercept.json").write_text(json.dumps(before), "utf-8")
     after, _, complaint = run(tmp_path, *choice, "--add", "--check", code=1)
     assert len(after["samples"]["ping-pong/v4"][DIRECT.name]) == 11

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ class Samples:
         if settings.add and self._path.exists():
             self.results.samples = read(self._path)["samples"]
 
-    def add(self, measured: Iterable[tuple[str, str, Sample]]) -> None:
+    def add(self, measured: Sequence[tuple[str, str, Sample]]) -> None:
+        """Add what was measured in one go: samples of one round, all of which can be compared."""
+        number = 1 + max((self._rounds(row) for row, _, _ in measured), default=0)
         for row, subject, sample in measured:
-            self.results.add(row, subject, sample)
+            self.results.add(row, subject, {**sample, "round": number})
         write_json(self._path, {**self._head, "samples": self.results.samples})
+
+    def _rounds(self, row: str) -> float:
+        """The number of the last round that the row was in."""
+        subjects = self.results.samples.get(row, {}).values()
+        return max((sample["round"] for samples in subjects for sample in samples), default=0)
 
     def __repr__(self) -> str:
         return f"<Samples in {self._path}>"
