@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +30,13 @@ _FIRST = -20
 
 
 def run_apart(module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments --inside CGROUP` behind the walls; its exit code."""
+    """Run `python -m module arguments --inside CGROUP` behind the walls; its exit code.
+
+    SIGTERM ends it like Ctrl-C does, with nothing left.
+    """
     if os.geteuid() != 0:
         raise NeedsRoot("the benchmark")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _subtree() as cgroup:
         command = [sys.executable, "-m", module, *arguments, _INSIDE, str(cgroup)]
         return subprocess.run([*_WALLS, *command], check=False).returncode

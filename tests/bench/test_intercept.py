@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -37,10 +39,12 @@ from pyambient.bench.intercept.work import (
     excluding,
 )
 from pyambient.bench.rounds import Results
+from pyambient.intercept.mounts import find_cgroup2_root
 
 BACKENDS = ("bpf", "tc", "nftables", "iptables")
 IPS = ("v4", "v6")
 PATIENCE = 110
+_ENDLESS = ("--quick", "--part", "exclusions", "--backend", "bpf", "--rounds", "1000")
 
 
 def run(directory, *arguments, code=0):
@@ -135,6 +139,27 @@ def test_check_names_what_falls_short_and_add_keeps_it(isolated, tmp_path):
     after, _, complaint = run(tmp_path, *choice, "--add", "--check", code=1)
     assert len(after["samples"]["ping-pong/v4"][DIRECT.name]) == 11
     assert "ping-pong, to explicit, IPv4" in complaint.splitlines()[-1]
+
+
+def test_a_benchmark_that_is_ended_leaves_no_cgroup(isolated, tmp_path):
+    """SIGTERM in the midst of a cell, whose hooks are on the sub-tree."""
+    out = tmp_path / "intercept.json"
+    command = [sys.executable, "-m", "pyambient", "bench", "intercept", "--out", str(out)]
+    process = subprocess.Popen([*command, *_ENDLESS])
+    subtree = find_cgroup2_root() / f"pyambient-bench-{process.pid}"
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not out.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert subtree.is_dir()
+        process.terminate()
+        assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert not subtree.exists()
 
 
 def settings(**fields):
