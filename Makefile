@@ -73,6 +73,14 @@ bench-intercept: $(SETUP) ## what each interception costs (root; QUICK=1, CHECK=
 	$(BIN)/python -m pyambient bench intercept $(if $(QUICK),--quick) $(if $(CHECK),--check)
 	$(BIN)/python -m pyambient bench report
 
+# How long, all targets together.
+SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: $(SETUP) ## fuzz frames and CONNECT requests (SECONDS=600); findings are in build/fuzz
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	nice $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
 .PHONY: setup
 setup: packages $(VENV)/installed bpf ## system packages, virtual environment, BPF objects
 
