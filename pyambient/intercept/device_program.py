@@ -39,7 +39,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyambient.netns import Netns
 
 from . import libbpf
-from .bpf_node import PROGRAM_PREFIX, pod_directory
+from .bpf_node import PROGRAM_PREFIX, detach_pinned, pod_directory
 from .interface import Pod, Stage
 from .kernel_objects import AttachType, Link, LinkInfo, program_info
 from .loader import LoadedObject
@@ -153,6 +153,7 @@ class DeviceProgram(ABC):
         return None
 
     def undo(self, pod: Pod) -> None:
+        detach_pinned(self._pin(pod))
         self._pin(pod).unlink(missing_ok=True)
         if self.by_filter and pod.netns.fd >= 0:
             self.remove_filter(self._netns(pod))
