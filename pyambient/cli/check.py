@@ -124,8 +124,36 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
                 f"instead: {feature.instead}",
             )
         yield _attempt(backend, "bpffs", lambda: ensure_bpffs(AgentSettings().bpffs))
+    yield from _foreign(cgroup)
     bcc = _attempt("bpf", "bcc and kernel headers, for --bpf-loader bcc", _compile_by_bcc)
     yield dataclasses.replace(bcc, needed=False)
+
+
+def _foreign(cgroup: Path | None) -> Iterator[Finding]:
+    """Other tools' hooks: one line for each, those that are in our way as what is missing."""
+    from pyambient.intercept.bpf_node import PROGRAM_PREFIX  # noqa: PLC0415 - not for --help
+    from pyambient.intercept.foreign_hooks import (  # noqa: PLC0415 - likewise
+        foreign_hooks,
+        is_in_the_way,
+    )
+
+    if cgroup is None:
+        return
+    try:
+        found = foreign_hooks(cgroup, PROGRAM_PREFIX)
+    except OSError:
+        return  # without bpf(2) there are none
+    for hook in found:
+        blocks = is_in_the_way(hook, cgroup)
+        hint = "turn it off, or use another backend" if blocks else "see docs/backends.md"
+        yield Finding(
+            "bpf",
+            "no other tool decides where apps connect to",
+            present=False,
+            needed=blocks,
+            problem=str(hook),
+            hint=hint,
+        )
 
 
 def _compile_by_bcc() -> None:

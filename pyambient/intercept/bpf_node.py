@@ -33,7 +33,8 @@ from typing import Final
 
 from pyambient.errors import PyambientError
 
-from .kernel_objects import AttachType, Link, Map, effective_programs, program_info
+from .foreign_hooks import refuse_foreign
+from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, LoadedObject, load
 from .mounts import ensure_bpffs
 from .original_dns import RESOLVERS_MAP
@@ -216,7 +217,7 @@ class NodePrograms:
             pinned = _pinned_identifiers(directory)
             absent = [h for h in hooks if h in absent or not _uses(directory, h, pinned)]
         if absent:
-            self._refuse_foreign_hooks()
+            refuse_foreign(self.cgroup, PROGRAM_PREFIX)
             self.proxy_cgroup.mkdir(exist_ok=True)
         directory.mkdir(exist_ok=True)
         if absent or lost:
@@ -270,24 +271,6 @@ class NodePrograms:
             f"the BPF programs in {self.bpffs} serve {other}, not {self._cgroup_of(hook)}",
             "give the same --cgroup as before, or run 'pyambient unenroll --all' first",
         )
-
-    def _refuse_foreign_hooks(self) -> None:
-        """Another program that redirects connects (Cilium's socket load balancer) hides from us
-        where an app wanted to go.
-        """
-        fd = os.open(self.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            hooks = (AttachType.CONNECT4, AttachType.CONNECT6)
-            found = {program_info(i) for kind in hooks for i in effective_programs(fd, kind)}
-        finally:
-            os.close(fd)
-        names = {program.name for program in found if program is not None}
-        foreign = sorted(name for name in names if not name.startswith(PROGRAM_PREFIX))
-        if foreign:
-            raise PyambientError(
-                f"another tool's program {' '.join(foreign)} handles the connects of {self.cgroup}",
-                "turn it off (Cilium: socketLB.hostNamespaceOnly=true), or use --backend iptables",
-            )
 
     def _is_claimed(self) -> bool:
         pods = self.bpffs / "pods"

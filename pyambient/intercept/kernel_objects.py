@@ -306,15 +306,14 @@ def program_info(identifier: int) -> ProgramInfo | None:
     return ProgramInfo(name, tuple(maps[: min(count, _MOST_MAPS)]))
 
 
-def effective_programs(cgroup: int, attach_type: AttachType) -> tuple[int, ...]:
-    """Ids of the programs that run for `cgroup` (an fd), those of its ancestors included."""
-    count = ctypes.c_uint32(_MOST_PROGRAMS)
+def attached_programs(cgroup: int, attach_type: AttachType) -> tuple[tuple[int, ...], int]:
+    """Ids of the programs on a cgroup (an fd) itself, in their order, and its attach flags."""
+    count, flags = ctypes.c_uint32(_MOST_PROGRAMS), ctypes.c_uint32()
     identifiers = (ctypes.c_uint32 * _MOST_PROGRAMS)()
-    effective = 1  # BPF_F_QUERY_EFFECTIVE
-    arguments = (cgroup, attach_type, effective, None, identifiers, ctypes.byref(count))
+    asked = (cgroup, attach_type, 0, ctypes.byref(flags), identifiers, ctypes.byref(count))
     try:
-        libbpf.call("bpf_prog_query", *arguments)
+        libbpf.call("bpf_prog_query", *asked)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-    return tuple(identifiers[: min(count.value, _MOST_PROGRAMS)])
+    return tuple(identifiers[: min(count.value, _MOST_PROGRAMS)]), flags.value
