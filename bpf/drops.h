@@ -16,7 +16,8 @@
 #define REASON_FORWARDED	3	/* no socket of this namespace */
 #define REASON_UNREADABLE	4	/* a fragment, or headers that cannot be followed */
 #define REASON_UNSIGNED		5	/* on the node: it has not passed the pod's guard */
-#define REASONS			6
+#define REASON_DNS		6	/* a query over UDP */
+#define REASONS			7
 
 #define LAST_DROPS		16
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * tc egress on each device of a pod: TCP leaves by the proxy, or not at all.
+ * tc egress on each device of a pod: TCP leaves by the proxy, or not at all; so
+ * do queries over UDP where the pod's DNS is captured.
  *
  * Every TCP packet is judged by the socket that sent it. Nothing in the packet
  * counts, and no mark: both are the app's to choose (CAP_NET_RAW is enough).
@@ -14,6 +15,10 @@
  * is about to accept. An IPv4 answer comes from a raw socket of the kernel's,
  * which nothing tells from an app's: so an app with CAP_NET_RAW can send such
  * segments, too. They open nothing and carry nothing.
+ *
+ * A query that comes here and is not the proxy's has missed the hooks that would
+ * have readdressed it: of a socket that was connected to its resolver before the
+ * enrolment, or written by the app itself.
  */
 #include "probes.h"
 #include "selection.h"
@@ -21,6 +26,7 @@
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 DEFINE_PROBES;
+DEFINE_DNS_PODS;
 /* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
 DEFINE_HASH(existing, __u64, __u8, 1);
 /* Cookies of connections that the pod's selection let come in, from their SYN-ACK on. */
@@ -204,10 +210,29 @@ static __always_inline int judge_without(struct __sk_buff *skb, const struct seg
 	return is_kernels_answer(skb, seg) ? PASS : REASON_FORWARDED;
 }
 
-/* Sockets that send no TCP, or all the TCP they like: nothing has to be read. */
+/* No socket says that it was judged before: each query is, by where it goes now. */
+static __always_inline int judge_query(struct __sk_buff *skb, const struct segment *seg)
+{
+	if (is_excluded(constant(netns), OUTBOUND, seg->ends.to, RESOLVER_PORT))
+		return PASS;
+	if (!skb->sk && skb->ingress_ifindex && constant(is_redirected))
+		return PASS;
+	return REASON_DNS;
+}
+
+static __always_inline int captures_dns(void)
+{
+	__u64 netns = constant(netns);
+
+	return map_lookup(dns_pods, &netns) != NULL;
+}
+
+/* Sockets that send nothing that counts, or all they like: no packet has to be read. */
 static __always_inline int is_free(struct bpf_sock *sk)
 {
-	return is_the_proxys(sk) || (is_internet(sk) && sk->type == SOCK_DGRAM);
+	if (is_the_proxys(sk))
+		return 1;
+	return is_internet(sk) && sk->type == SOCK_DGRAM && !captures_dns();
 }
 
 static __always_inline int is_stream(struct bpf_sock *sk)
@@ -224,6 +249,8 @@ static __always_inline int judge(struct __sk_buff *skb, int kind, const struct s
 		return judge_stream(skb, sk, kind, seg);
 	if (kind == OTHER)
 		return PASS;
+	if (kind == QUERY)
+		return captures_dns() ? judge_query(skb, seg) : PASS;
 	if (kind == UNREADABLE)
 		return REASON_UNREADABLE;
 	return sk ? judge_other(skb, sk, seg) : judge_without(skb, seg);
@@ -232,9 +259,10 @@ static __always_inline int judge(struct __sk_buff *skb, int kind, const struct s
 /*
  * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
  * Returns TC_ACT_SHOT for TCP that is not of the proxy, excluded, from before
- * the enrolment or a bare answer of the kernel's, and for what may be TCP and
- * cannot be read; TC_ACT_UNSPEC (as if this program were not there) for all
- * else, and for everything where it only counts.
+ * the enrolment or a bare answer of the kernel's, for queries that are neither
+ * of the proxy nor excluded, and for what may be one of them and cannot be read;
+ * TC_ACT_UNSPEC (as if this program were not there) for all else, and for
+ * everything where it only counts.
  */
 SEC("tc")
 int pyamb_guard(struct __sk_buff *skb)

@@ -11,25 +11,36 @@
  */
 #include "maps.h"
 
+DEFINE_DNS_PODS;
 DEFINE_CONSTANTS;
 
 #include "drops.h"
 
+static __always_inline int captures_dns(void)
+{
+	__u64 netns = constant(netns);
+
+	return map_lookup(dns_pods, &netns) != NULL;
+}
+
 /*
  * Hook: tc ingress (tcx, before Linux 6.6 clsact) of the veth's end on the node.
- * Linux 4.9. Returns TC_ACT_SHOT for TCP, and for what may be TCP, without the
- * sign of the pod's guard; TC_ACT_UNSPEC for all else, and where it only counts.
+ * Linux 4.9. Returns TC_ACT_SHOT for TCP, for queries of a pod whose DNS is
+ * captured, and for what may be either, without the sign of the pod's guard;
+ * TC_ACT_UNSPEC for all else, and where it only counts.
  */
 SEC("tc")
 int pyamb_guard_node(struct __sk_buff *skb)
 {
 	struct segment seg = {};
+	int kind;
 
 	if (skb->hash == constant(sign)) {
 		bpf_set_hash_invalid(skb);
 		return TC_ACT_UNSPEC;
 	}
-	if (read_segment(skb, &seg) == OTHER)
+	kind = read_segment(skb, &seg);
+	if (kind == OTHER || (kind == QUERY && !captures_dns()))
 		return TC_ACT_UNSPEC;
 	return drop(&seg, REASON_UNSIGNED);
 }

@@ -220,7 +220,7 @@ int pyamb_redirect(struct __sk_buff *skb)
 	kind = read_segment(skb, &segment);
 	if (kind == UNREADABLE)
 		return is_captured(sk) ? to_lo(skb) : TC_ACT_UNSPEC;
-	if (kind == OTHER)
+	if (kind != SEGMENT)
 		return TC_ACT_UNSPEC;
 	if (segment.tcp.syn && !segment.tcp.ack)
 		return opens(skb, sk, &segment);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Is this packet TCP? Read from its own bytes: skb->protocol is what the sender
- * says, and the sender may be an app with a packet socket.
+ * Is this packet TCP, or a query to a resolver? Read from its own bytes:
+ * skb->protocol is what the sender says, and the sender may be an app with a
+ * packet socket.
  *
  * What is provably something else is OTHER; what cannot be followed to its
  * transport header (a later fragment of TCP, a chain of extension headers longer
@@ -19,6 +20,7 @@
 #define OTHER		0
 #define SEGMENT		1
 #define UNREADABLE	2
+#define QUERY		3	/* UDP to port 53; of `tcp` only the ports are read */
 
 #define MOST_TAGS	2	/* 802.1Q in 802.1ad */
 #define MOST_EXTENSIONS	4
@@ -103,6 +105,14 @@ static __always_inline __u32 extension_bytes(__u32 protocol, const struct extens
 	return (header->length + 1) * 8;
 }
 
+/* Any first fragment holds the ports: none is shorter than 8 bytes (RFC 791). */
+static __always_inline int read_datagram(struct __sk_buff *skb, struct segment *seg)
+{
+	if (bpf_skb_load_bytes(skb, seg->offset, &seg->tcp, 2 * sizeof(__be16)))
+		return UNREADABLE;
+	return seg->tcp.dest == bpf_htons(RESOLVER_PORT) ? QUERY : OTHER;
+}
+
 static __always_inline int find_segment(struct __sk_buff *skb, struct segment *seg,
 					__u32 protocol)
 {
@@ -124,6 +134,8 @@ static __always_inline int find_segment(struct __sk_buff *skb, struct segment *s
 	}
 	if (protocol == IPPROTO_TCP)
 		return is_split || READ(skb, seg->offset, seg->tcp) ? UNREADABLE : SEGMENT;
+	if (protocol == IPPROTO_UDP)
+		return read_datagram(skb, seg);
 	return is_extension(protocol) ? UNREADABLE : OTHER;
 }
 
@@ -157,7 +169,7 @@ static __always_inline int read_ipv6(struct __sk_buff *skb, struct segment *seg)
 	return find_segment(skb, seg, ip.nexthdr);
 }
 
-/* What of it could be read is in `seg`, the TCP header only with SEGMENT. */
+/* What of it could be read is in `seg`; of the TCP header all with SEGMENT. */
 static __always_inline int read_segment(struct __sk_buff *skb, struct segment *seg)
 {
 	__u32 type = read_link(skb, seg);
@@ -169,7 +181,7 @@ static __always_inline int read_segment(struct __sk_buff *skb, struct segment *s
 		kind = read_ipv6(skb, seg);
 	else if (type == ETH_P_8021Q || type == ETH_P_8021AD)
 		kind = UNREADABLE;
-	if (kind == SEGMENT) {
+	if (kind == SEGMENT || kind == QUERY) {
 		seg->ends.from_port = bpf_ntohs(seg->tcp.source);
 		seg->ends.to_port = bpf_ntohs(seg->tcp.dest);
 	}

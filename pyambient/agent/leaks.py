@@ -65,7 +65,7 @@ def _note_drops(record: Record, drops: Drops, known: Leaks) -> None:
     if added:
         what = "was only counted" if record.options.guard == "count" else "was dropped"
         shown = "; ".join(recent[-_SHOWN:])
-        _log.warning(f"TCP past the proxy {what}", pod=str(record.pod), **added, last=shown)
+        _log.warning(f"TCP or DNS past the proxy {what}", pod=str(record.pod), **added, last=shown)
 
 
 def _note_senders(record: Record, netns: Netns, known: Leaks) -> None:

@@ -69,7 +69,7 @@ _SINGLE: Final = {
     "guard": click.option(
         "--guard",
         type=click.Choice(GUARD_MODES),
-        help="What becomes of TCP past the proxy; backends bpf and tc.  [default: drop]",
+        help="What becomes of TCP and DNS past the proxy; backends bpf and tc.  [default: drop]",
     ),
     "guard_node": click.option(
         "--guard-node/--no-guard-node",

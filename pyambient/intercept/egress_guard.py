@@ -1,4 +1,4 @@
-"""The guard on a pod's devices: TCP leaves by the proxy, or not at all.
+"""The guard on a pod's devices: TCP leaves by the proxy, or not at all, and so do DNS queries.
 
 General theory of operation
 ---------------------------
@@ -28,7 +28,7 @@ from .guard_maps import COUNTS, EXISTING, LAST, LET_IN, keep_new, note_existing,
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
 
-_NODE_MAPS: Final = ("proxy_sockets", "captured_socks", "selections", "probes")
+_NODE_MAPS: Final = ("proxy_sockets", "captured_socks", "selections", "probes", "dns_pods")
 
 
 @step

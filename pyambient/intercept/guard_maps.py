@@ -29,7 +29,7 @@ COUNTS: Final = "drop_counts"
 LET_IN: Final = "let_in"
 LAST: Final = "last_drops"
 # In the order of their numbers in bpf/drops.h.
-REASONS: Final = ("captured", "socket", "raw", "forwarded", "unreadable", "unsigned")
+REASONS: Final = ("captured", "socket", "raw", "forwarded", "unreadable", "unsigned", "dns")
 _LAST_DROPS: Final = 16
 _KEY: Final = struct.Struct("=I")
 _COOKIE: Final = struct.Struct("=Q")
@@ -105,11 +105,11 @@ def note_existing(pod: Pod, bpffs: Path, *, look: bool) -> None:
     pin = pod_directory(bpffs, pod.uid) / EXISTING
     if pin.exists():
         return
-    cookies = existing_connections(pod.netns) if look else frozenset()
-    size = max(1, len(cookies))
+    connections = existing_connections(pod.netns) if look else ()
+    size = max(1, len(connections))
     with Map.create(MapType.HASH, EXISTING, (_COOKIE.size, 1), size, 0) as existing:
-        for cookie in cookies:
-            existing.put(_COOKIE.pack(cookie), b"\1")
+        for connection in connections:
+            existing.put(_COOKIE.pack(connection.cookie), b"\1")
         existing.pin(pin)
 
 

@@ -26,7 +26,7 @@ def guards(
         EgressGuard(bpffs, device, cookie, counts_only, options.guard_node, behind_redirect)
         for device in network.devices
     ]
-    outside = [NodeGuard(bpffs, device, counts_only) for device in network.devices]
+    outside = [NodeGuard(bpffs, device, cookie, counts_only) for device in network.devices]
     return (*inside, *(outside if options.guard_node else ()))
 
 

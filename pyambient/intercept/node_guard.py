@@ -19,6 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
+from .bpf_node import existing_map
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .egress_guard import sign_of
 from .guard_maps import COUNTS, LAST, keep_new, opened
@@ -42,6 +43,7 @@ class NodeGuard(DeviceProgram):
     stage: ClassVar[Stage] = Stage.GATE
     place: ClassVar[DevicePlace] = DevicePlace("pyamb_guard_node", Direction.INGRESS, rank=1)
 
+    cookie: int
     counts_only: bool = False
 
     def describe(self) -> str:
@@ -54,10 +56,13 @@ class NodeGuard(DeviceProgram):
     def load(self, pod: Pod) -> Iterator[LoadedObject]:
         bpffs = Path(self.bpffs)
         # The peer of a veth is one, so it has an Ethernet header.
-        constants = Constants(is_ethernet=True, counts_only=self.counts_only, sign=sign_of(pod))
+        constants = Constants(
+            self.cookie, is_ethernet=True, counts_only=self.counts_only, sign=sign_of(pod)
+        )
         with (
-            opened(pod, bpffs, COUNTS, LAST) as shared,
-            load("guard_node", constants, shared) as loaded,
+            existing_map(bpffs, "dns_pods") as dns_pods,
+            opened(pod, bpffs, COUNTS, LAST) as own,
+            load("guard_node", constants, shared := {"dns_pods": dns_pods, **own}) as loaded,
         ):
             keep_new(pod, bpffs, loaded, shared)
             yield loaded

@@ -17,6 +17,9 @@ BACKENDS: Final = ("bpf", "tc", "nftables", "iptables")
 # A name that the kernel takes (15 characters), and that no list or rule reads in another way.
 _DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MOST_DEVICES: Final = 16
+# What becomes of connections from before an enrolment.
+KEEP: Final = "keep"
+CLOSE: Final = "close"
 GUARD_MODES: Final = ("drop", "count", "off")
 
 

@@ -33,6 +33,15 @@ def processes_in(netns: Netns) -> Iterator[Process]:
                     yield Process(int(directory.name), command, _cgroup(directory, mounts))
 
 
+def members(cgroup: Path) -> set[int]:
+    """The processes in a cgroup and below it."""
+    pids: set[int] = set()
+    for file in cgroup.rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            pids.update(map(int, file.read_text("ascii").split()))
+    return pids
+
+
 def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:
     """What of the hierarchy each mount of cgroup2 shows, and where (proc_pid_mountinfo(5))."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

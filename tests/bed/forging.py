@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pyambient.model.address import SocketAddress
 
@@ -24,13 +24,16 @@ _EIGHT_BYTES_OF_PADDING = bytes([1, 4, 0, 0, 0, 0])
 class Forged:
     """A TCP segment, or what looks like one, from `source` to `destination`."""
 
+    protocol: ClassVar[int] = socket.IPPROTO_TCP
+    header_size: ClassVar[int] = 20
+
     source: SocketAddress
     destination: SocketAddress
     flags: int = ACK | PSH
     payload: bytes = b""
 
     @property
-    def tcp(self) -> bytes:
+    def transport(self) -> bytes:
         ports = struct.pack("!HH", self.source.port, self.destination.port)
         rest = struct.pack("!IIBBHHH", 7, 7, 5 << 4, self.flags, 1024, 0, 0)
         header = ports + rest
@@ -40,8 +43,8 @@ class Forged:
     def packet(self, *, fragment: int = 0) -> bytes:
         """With its IPv4 or IPv6 header; `fragment` is the field of that name of IPv4's."""
         if self.destination.is_ipv6:
-            return self.ipv6(socket.IPPROTO_TCP, self.tcp)
-        return self.ipv4(socket.IPPROTO_TCP, self.tcp, fragment)
+            return self.ipv6(self.protocol, self.transport)
+        return self.ipv4(self.protocol, self.transport, fragment)
 
     def ipv4(self, protocol: int, data: bytes, fragment: int = 0) -> bytes:
         ips = socket.inet_aton(self.source.ip) + socket.inet_aton(self.destination.ip)
@@ -54,38 +57,60 @@ class Forged:
 
     def behind_options(self) -> bytes:
         """Its IPv6 packet with a header of destination options ahead of TCP."""
-        options = bytes([socket.IPPROTO_TCP, 0]) + _EIGHT_BYTES_OF_PADDING
-        return self.ipv6(_IPPROTO_DSTOPTS, options + self.tcp)
+        options = bytes([self.protocol, 0]) + _EIGHT_BYTES_OF_PADDING
+        return self.ipv6(_IPPROTO_DSTOPTS, options + self.transport)
 
     def behind_many_options(self) -> bytes:
         """The same with more such headers than anybody needs."""
         first = (bytes([_IPPROTO_DSTOPTS, 0]) + _EIGHT_BYTES_OF_PADDING) * 9
-        last = bytes([socket.IPPROTO_TCP, 0]) + _EIGHT_BYTES_OF_PADDING
-        return self.ipv6(_IPPROTO_DSTOPTS, first + last + self.tcp)
+        last = bytes([self.protocol, 0]) + _EIGHT_BYTES_OF_PADDING
+        return self.ipv6(_IPPROTO_DSTOPTS, first + last + self.transport)
 
-    def fragments6(self, first_says: int = socket.IPPROTO_TCP) -> Iterable[bytes]:
+    def fragments6(self, first_says: int | None = None) -> Iterable[bytes]:
         """Its IPv6 packet in two fragments; the header of the later one says `first_says`."""
-        size = 24
-        for offset, more, says in ((0, 1, socket.IPPROTO_TCP), (size, 0, first_says)):
+        data, says = self.transport, self.protocol if first_says is None else first_says
+        return self._fragments6(data, self.protocol, says, size=24)
+
+    def fragments6_behind_options(self) -> Iterable[bytes]:
+        """The same with a header of options in the first fragment, and nothing else in there."""
+        options = bytes([self.protocol, 0]) + _EIGHT_BYTES_OF_PADDING
+        data = options + self.transport
+        return self._fragments6(data, _IPPROTO_DSTOPTS, _IPPROTO_DSTOPTS, size=len(options))
+
+    def _fragments6(self, data: bytes, first: int, later: int, *, size: int) -> Iterable[bytes]:
+        for offset, more, says in ((0, 1, first), (size, 0, later)):
             header = struct.pack("!BBHI", says, 0, offset | more, 77)
-            part = self.tcp[:size] if more else self.tcp[size:]
-            yield self.ipv6(_IPPROTO_FRAGMENT, header + part)
+            yield self.ipv6(_IPPROTO_FRAGMENT, header + (data[:size] if more else data[size:]))
 
     def fragments4(self) -> Iterable[bytes]:
         """Its IPv4 packet in two fragments."""
-        yield self.ipv4(socket.IPPROTO_TCP, self.tcp[:24], MORE_FRAGMENTS)
-        yield self.ipv4(socket.IPPROTO_TCP, self.tcp[24:], 24 // 8)
+        yield self.ipv4(self.protocol, self.transport[:24], MORE_FRAGMENTS)
+        yield self.ipv4(self.protocol, self.transport[24:], 24 // 8)
 
     def _ips6(self) -> bytes:
         ends = (self.source.ip, self.destination.ip)
         return b"".join(socket.inet_pton(socket.AF_INET6, ip) for ip in ends)
 
     def _pseudo_header(self) -> bytes:
-        size = 20 + len(self.payload)
+        size = self.header_size + len(self.payload)
         if self.destination.is_ipv6:
-            return self._ips6() + struct.pack("!II", size, socket.IPPROTO_TCP)
+            return self._ips6() + struct.pack("!II", size, self.protocol)
         ips = socket.inet_aton(self.source.ip) + socket.inet_aton(self.destination.ip)
-        return ips + struct.pack("!HH", socket.IPPROTO_TCP, size)
+        return ips + struct.pack("!HH", self.protocol, size)
+
+
+class Datagram(Forged):
+    """A UDP datagram; it has no flags."""
+
+    protocol: ClassVar[int] = socket.IPPROTO_UDP
+    header_size: ClassVar[int] = 8
+
+    @property
+    def transport(self) -> bytes:
+        size = self.header_size + len(self.payload)
+        header = struct.pack("!HHHH", self.source.port, self.destination.port, size, 0)
+        checksum = _checksum(self._pseudo_header() + header + self.payload) or 0xFFFF
+        return header[:6] + struct.pack("!H", checksum) + self.payload
 
 
 def _checksum(data: bytes) -> int:
@@ -108,7 +133,7 @@ def send_tcp(segment: Forged) -> None:
     """By a raw socket for TCP, to which the kernel adds the IP header. Runs in a pod."""
     destination = segment.destination
     with socket.socket(destination.family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
-        _send(raw, segment.tcp, SocketAddress(destination.ip, 0).sockaddr())
+        _send(raw, segment.transport, SocketAddress(destination.ip, 0).sockaddr())
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,4 +143,4 @@ def test_the_peer_is_the_one_that_names_the_pod(bed, pods):
     bed.add_device(a, "eth1", bed.network)
     a.ip("link add in0 type veth peer name in1")
     assert [peer_index(a.netns, name) for name in ("in0", "in1", "lo", "none")] == [None] * 4
-    assert NodeGuard("x", "eth0").place.name == "guard_node"
+    assert NodeGuard("x", "eth0", 1).place.name == "guard_node"
