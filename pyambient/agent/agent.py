@@ -19,8 +19,9 @@ from .enrolment import Enrolments
 from .lock import AgentLock
 from .proxies import Proxies
 from .reconcile import Rounds
-from .records import RecordStore
-from .watcher import watch_existence, watch_network
+from .records import Record, RecordStore
+from .succession import Succession
+from .watcher import Fate, watch_existence, watch_network
 
 _log = get_logger("agent")
 
@@ -33,6 +34,7 @@ class Agent:
         self._proxies = Proxies()
         store = RecordStore(settings.run_dir.pods)
         self.enrolments = Enrolments(settings, store, self._proxies, self._hold)
+        self._succession = Succession(self.enrolments)
         self._rounds = Rounds(self.enrolments, settings.round_pause)
         self._api = Api(self.enrolments, self._proxies, self._rounds)
         self._watches: trio.Nursery | None = None
@@ -46,6 +48,8 @@ class Agent:
             await nursery.start(self._proxies.serve, run_dir)
             await nursery.start(self._api.serve, run_dir.agent_socket)
             nursery.start_soon(self._rounds.run)
+            for record in self.enrolments.replaced:
+                nursery.start_soon(self._succeed, record)
             _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
             task_status.started()
 
@@ -71,9 +75,21 @@ class Agent:
             _log.error("internal error, a pod is not watched", pod=repr(enrolled), exc_info=error)
 
     async def _free_when_gone(self, enrolled: Enrolled) -> None:
-        await watch_existence(enrolled)
+        fate = Fate(replaced=False, gone=False)
+        while not fate.gone:
+            fate = await watch_existence(enrolled, fate)
+            if fate.replaced:
+                await self._succession.follow(enrolled.record)
         _log.warning("the network namespace is gone", pod=str(enrolled.record.pod))
         await self._attempt(partial(self.enrolments.unenrol, drain_timeout=0), enrolled)
+
+    async def _succeed(self, record: Record) -> None:
+        """What a former agent enrolled is gone, and its replacement has not been enrolled yet."""
+        await self._succession.follow(record)
+        try:
+            await self.enrolments.clean_up(record)
+        except (PyambientError, OSError) as error:
+            _log.error("cannot clean up after a pod", pod=str(record.pod), error=str(error))
 
     async def _attempt(
         self, action: Callable[[Enrolled], Awaitable[object]], enrolled: Enrolled

@@ -104,7 +104,9 @@ class Api:
         del fields["choices"]
         texts = {name: _text(request, name, default) for name, default in fields.items()}
         choices = _choices(request)
-        return describe(await self._enrolments.enrol(EnrolRequest(**texts, choices=choices)))
+        record = await self._enrolments.enrol(EnrolRequest(**texts, choices=choices))
+        enrolled = self._enrolments.lookup(record.netns.path)
+        return {**describe(record), "existing": await self._enrolments.existing(enrolled)}
 
     async def _set(self, request: Mapping[str, Any]) -> Any:
         enrolled = self._enrolments.lookup(_text(request, "netns"))
@@ -136,6 +138,7 @@ class Api:
                 {
                     **describe(pod.record),
                     "repairs": dict(pod.repairs),
+                    "existing": await self._enrolments.existing(pod),
                     "guard": await self._enrolments.leaks(pod),
                     "proxy": served[pod.uid],
                 }

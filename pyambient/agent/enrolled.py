@@ -31,6 +31,9 @@ _LONGEST_NAME: Final = 253
 class EnrolRequest:
     """What to enrol: `netns` as `Netns.open` takes it, `backend` as `choose` does.
 
+    `existing` is what becomes of connections from before: "keep", which is what "" means, or
+    "close".
+
     What is "" holds as it was where the namespace is enrolled already, as do choices that are not
     named. Else the backend is "auto" and the name the namespace's own.
     """
@@ -40,6 +43,7 @@ class EnrolRequest:
     namespace: str = ""
     service_account: str = ""
     backend: str = ""
+    existing: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
 
     def refuse_other(self, record: Record) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,12 +33,21 @@ import trio
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Site, Stage, Step
+from pyambient.intercept.options import CLOSE
+from pyambient.intercept.processes import members
 from pyambient.intercept.runner import StepFailed, undo_stages
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 
 from .config import AgentSettings
 from .enrolled import Enrolled, EnrolRequest
+from .existing import (
+    check_choice,
+    count_existing,
+    end_existing,
+    end_older_queries,
+    note_existing,
+)
 from .interception import (
     Repair,
     apply_recorded,
@@ -50,9 +59,9 @@ from .interception import (
     reserve,
     write,
 )
-from .kernel import KernelQueue
+from .kernel import KernelQueue, beside
 from .leaks import describe_leaks, look_for_leaks
-from .locate import find, record_of
+from .locate import find, is_replaced, record_of
 from .proxies import Proxies
 from .records import Record, RecordStore, State
 from .switch import Switch
@@ -67,7 +76,10 @@ _log = get_logger("enrolment")
 
 
 class Enrolments:
-    """All pods of this agent; `held` is called for each one when it is enrolled or adopted."""
+    """All pods of this agent; `held` is called for each one when it is enrolled or adopted.
+
+    `replaced` are records of former agents whose namespace another one has replaced.
+    """
 
     def __init__(
         self,
@@ -83,6 +95,7 @@ class Enrolments:
         self._kernel = KernelQueue()
         self._switch = Switch(store, proxies, self._kernel)
         self._pods: dict[str, Enrolled] = {}
+        self.replaced: list[Record] = []
 
     def all(self) -> list[Enrolled]:
         """The pods held, sorted by namespace and name."""
@@ -98,12 +111,16 @@ class Enrolments:
 
         What is enrolled already is brought in line with the request: its backend, its choices.
         """
-        if (known := self._holder(request.netns)) is not None:
+        if (known := self.holder(request.netns)) is not None:
+            check_choice(request.existing, known.netns)
             return await self._enrol_again(known, request)
         enrolled = self._claim(request)
         async with enrolled.turn:
             try:
+                check_choice(request.existing, enrolled.netns)
                 await self._enrol(enrolled)
+                if request.existing == CLOSE:
+                    await self._kernel.run(end_existing, enrolled)
             except BaseException:
                 with trio.CancelScope(
                     shield=True, deadline=trio.current_time() + _ROLLBACK_TIMEOUT
@@ -114,7 +131,7 @@ class Enrolments:
         self._held(enrolled)
         return enrolled.record
 
-    def _holder(self, netns: str) -> Enrolled | None:
+    def holder(self, netns: str) -> Enrolled | None:
         """The pod that this namespace is enrolled as, or is being enrolled as."""
         with Netns.open(netns) as opened:
             return next((p for p in self._pods.values() if p.netns.key == opened.key), None)
@@ -133,10 +150,13 @@ class Enrolments:
             options = before.options.changed(request.choices)
             backend = request.backend or before.backend
             plan = await self._switch.plan(enrolled, backend, self._site_of(before), options)
+            if request.existing == CLOSE:
+                await self._kernel.run(end_existing, enrolled)
             if plan.backend == before.backend:
                 return await self._change(enrolled, request.choices)
             await self._check_newest_proxy(plan.backend)
             await self._switch.to(enrolled, plan, options)
+            await self._end_older_queries(enrolled)
         _log.info("switched", pod=str(before.pod), before=before.backend, now=plan.backend)
         enrolled.switched.set()
         return enrolled.record
@@ -178,14 +198,24 @@ class Enrolments:
         )
         self._write(enrolled, planned(record, plan, site))
         await self._apply(enrolled, _PREPARING)
-        async with _beside(partial(reserve, enrolled)):
+        async with beside(partial(reserve, enrolled)):
             pid = await self._proxies.start(
                 enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout
             )
             self._check_proxy(pid, plan.backend)
             await self._apply(enrolled, _DELIVERING)
         await self._apply(enrolled, _GATING)
-        self._write(enrolled, enrolled.record.changed(state=State.ENROLLED))
+        await self._end_older_queries(enrolled)
+        noted = await self._kernel.run(note_existing, enrolled, site.proxy_cgroup)
+        self._write(enrolled, noted.changed(state=State.ENROLLED))
+
+    async def _end_older_queries(self, enrolled: Enrolled) -> None:
+        proxy_cgroup = self._site_of(enrolled.record).proxy_cgroup
+        await self._kernel.run(end_older_queries, enrolled, proxy_cgroup)
+
+    async def existing(self, enrolled: Enrolled) -> int:
+        """How many connections from before still live."""
+        return await self._kernel.run(count_existing, enrolled.record, enrolled.netns)
 
     async def _apply(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
         chosen = [step for step in enrolled.record.steps if step.stage in stages]
@@ -194,7 +224,7 @@ class Enrolments:
     def _check_proxy(self, pid: int, backend: str) -> None:
         """The BPF programs know the proxy's sockets by the cgroup they were made in."""
         cgroup = self._settings.site.proxy_cgroup
-        if backend in ("bpf", "tc") and cgroup is not None and pid not in _members(cgroup):
+        if backend in ("bpf", "tc") and cgroup is not None and pid not in members(cgroup):
             raise PyambientError(
                 f"the proxy (pid {pid}) is not in its cgroup {cgroup}",
                 "start it with 'pyambient proxy' and the same --cgroup as the agent",
@@ -260,8 +290,10 @@ class Enrolments:
     async def _adopt(self, record: Record) -> None:
         netns = find(record.netns)
         if netns is None:
-            await self._kernel.run(free, record, self._store)
-            _log.info("cleaned up after a pod that is gone", pod=str(record.pod))
+            if record.state is State.ENROLLED and is_replaced(record.netns):
+                self.replaced.append(record)
+            else:
+                await self.clean_up(record)
             return
         enrolled = self._pods[record.pod.uid] = Enrolled(record, netns)
         if record.state is State.ENROLLING:
@@ -270,6 +302,11 @@ class Enrolments:
         await self._proxies.adopt(record.pod, netns, enrolled.details)
         self._held(enrolled)
         _log.info("took over", pod=str(record.pod), netns=record.netns.label)
+
+    async def clean_up(self, record: Record) -> None:
+        """Undo what is left of a pod that is gone, and forget it."""
+        await self._kernel.run(free, record, self._store)
+        _log.info("cleaned up after a pod that is gone", pod=str(record.pod))
 
     async def resume(self, enrolled: Enrolled) -> None:
         """Go on with the un-enrolment that an agent before this one did not finish."""
@@ -305,6 +342,8 @@ class Enrolments:
         if dns and not had_dns:
             await self._proxies.describe(enrolled.uid, enrolled.details)
         await self._refresh(enrolled)
+        if dns and not had_dns:
+            await self._end_older_queries(enrolled)
         if had_dns and not dns:
             await self._proxies.describe(enrolled.uid, enrolled.details)
 
@@ -361,23 +400,3 @@ class Enrolments:
 
     def __repr__(self) -> str:
         return f"<Enrolments {len(self._pods)} pods>"
-
-
-@contextlib.asynccontextmanager
-async def _beside(work: Callable[[], None]) -> AsyncIterator[None]:
-    """Have a thread do `work` meanwhile; both have ended when the block has."""
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, work)
-            yield
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-
-def _members(cgroup: Path) -> set[int]:
-    """The processes in a cgroup and below it."""
-    pids: set[int] = set()
-    for file in cgroup.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):
-            pids.update(map(int, file.read_text("ascii").split()))
-    return pids

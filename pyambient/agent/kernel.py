@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -24,3 +25,14 @@ class KernelQueue:
 
     def __repr__(self) -> str:
         return f"<KernelQueue {self._one.statistics().tasks_waiting} waiting>"
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Callable[[], None]) -> AsyncIterator[None]:
+    """Have a thread do `work` meanwhile; both have ended when the block has."""
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, work)
+            yield
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -2,7 +2,7 @@
 
 A namespace lives as long as something refers to it, and that may be just us: the agent's handle,
 the proxy's listeners. So "is it gone" cannot be asked of the kernel. It is gone for its owner when
-it is no longer where it was found and no process is in it.
+it is no longer where it was found and no process is in it. Another one may be in its place.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ def find(ref: NetnsRef) -> Netns | None:
 def in_use(ref: NetnsRef) -> bool:
     """Whether the namespace is still at its path, or has a process in it."""
     return next(_places(ref), None) is not None
+
+
+def is_replaced(ref: NetnsRef) -> bool:
+    """Whether what it was enrolled as is another namespace's now; a pid is nobody's name."""
+    found = _key(ref.path)
+    return found not in (None, (ref.device, ref.inode)) and not ref.path.startswith("/proc/")
 
 
 def record_of(records: Iterable[Record], netns: str) -> Record:

@@ -86,7 +86,8 @@ def cookie_of(netns: Netns) -> int | None:
 class Record:
     """What is known of one pod's enrolment; `steps` are in the order of their application.
 
-    `leaving` are those of a former backend that connections from its time still need.
+    `leaving` are those of a former backend that connections from its time still need, `existing`
+    the cookies of connections from before the enrolment.
     """
 
     pod: PodRef
@@ -98,6 +99,7 @@ class Record:
     cgroup: str | None = None
     options: CaptureOptions = DEFAULTS
     leaving: tuple[Step, ...] = ()
+    existing: tuple[int, ...] = ()
 
     def changed(self, **fields: Any) -> Record:
         return dataclasses.replace(self, **fields)
@@ -114,6 +116,7 @@ class Record:
             "cgroup": self.cgroup,
             "options": self.options.to_json(),
             "leaving": to_record(self.leaving),
+            "existing": list(self.existing),
         }
 
     @classmethod
@@ -134,6 +137,7 @@ class Record:
             fields["cgroup"],
             CaptureOptions.from_json(fields["options"]),
             from_record(fields["leaving"]),
+            tuple(map(int, fields["existing"])),
         )
 
 

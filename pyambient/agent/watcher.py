@@ -11,7 +11,7 @@ import errno
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import trio
 
@@ -19,7 +19,8 @@ from pyambient.errors import PyambientError
 from pyambient.observe.logs import get_logger
 
 from .enrolled import Enrolled
-from .locate import in_use
+from .locate import in_use, is_replaced
+from .records import NetnsRef
 
 # Of linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR, and for what is ours
 # RTMGRP_TC, RTMGRP_IPV4_ROUTE, RTMGRP_IPV4_RULE, RTMGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE.
@@ -143,14 +144,27 @@ async def _until_handled(enrolled: Enrolled, changed: _Handler) -> None:
         delay = min(delay * 2, _LAST_RETRY)
 
 
-async def watch_existence(enrolled: Enrolled) -> None:
-    """Return when nobody but us holds the pod's network namespace any more.
+class Fate(NamedTuple):
+    """What became of a namespace: another has its name; nobody but us holds it any more."""
+
+    replaced: bool
+    gone: bool
+
+
+async def watch_existence(enrolled: Enrolled, known: Fate) -> Fate:
+    """Return when the pod's network namespace has met another fate than is known.
 
     Twice in a row: between a container's first process and its namespace's name, or while a
     runtime replaces the one by the other, there may be a moment with neither.
     """
-    absences = 0
-    while absences < 2:
+    last = known
+    while True:
         await trio.sleep(_ROLL_CALL)
-        present = await trio.to_thread.run_sync(in_use, enrolled.record.netns)
-        absences = 0 if present else absences + 1
+        fate = await trio.to_thread.run_sync(_fate, enrolled.record.netns)
+        if fate == last != known:
+            return fate
+        last = fate
+
+
+def _fate(ref: NetnsRef) -> Fate:
+    return Fate(is_replaced(ref), not in_use(ref))

@@ -10,7 +10,7 @@ import click
 from pyambient.agent.client import ask
 from pyambient.agent.config import AgentSettings, RunDir
 from pyambient.agent.locate import path_of
-from pyambient.intercept.options import BACKENDS
+from pyambient.intercept.options import BACKENDS, CLOSE, KEEP
 
 from .capture import capture_options
 from .options import (
@@ -21,6 +21,7 @@ from .options import (
     existing_cgroup,
     require_root,
 )
+from .status import existing_lines
 
 
 @click.command(
@@ -41,6 +42,13 @@ from .options import (
     type=click.Choice(["auto", *BACKENDS]),
     help="How its traffic is captured.  [default: auto, or as it is]",
 )
+@click.option(
+    "--existing",
+    type=click.Choice([KEEP, CLOSE]),
+    default=KEEP,
+    show_default=True,
+    help="Let TCP connections from before go on past the proxy, or end them.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done; no agent is needed.")
 @capture_options
 @cgroup_option
@@ -55,6 +63,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
     service_account: str,
     name: str,
     backend: str | None,
+    existing: str,
     dry_run: bool,
     cgroup: Path | None,
     options: dict[str, Any],
@@ -77,6 +86,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
         "namespace": namespace,
         "service_account": service_account,
         "backend": backend or "",
+        "existing": existing,
     }
     if dry_run:
         settings = AgentSettings(run_dir, existing_cgroup(cgroup))
@@ -88,6 +98,8 @@ def command(  # noqa: PLR0913 - a parameter for each option
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
         f" ({pod['backend']}, {addresses})"
     )
+    for line in existing_lines([pod]):
+        click.echo(line)
 
 
 def _dry_run(settings: AgentSettings, choices: dict[str, Any], **request: str) -> str:

@@ -48,7 +48,8 @@ def command(ctx: click.Context, /, *, output: str) -> None:
         return
     for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
         click.echo(line)
-    for line in (*_choices(status["pods"]), *_leaks(status["pods"])):
+    pods = status["pods"]
+    for line in (*_choices(pods), *existing_lines(pods), *_leaks(pods)):
         click.echo(line)
     if status["agent"] and not status["proxies"]:
         click.echo("note: no proxy is connected; what the pods send is refused", err=True)
@@ -73,6 +74,14 @@ def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:
     for pod in pods:
         for line in CaptureOptions.from_json(pod["options"]).in_words():
             yield f"{pod['netns']}: {line}"
+
+
+def existing_lines(pods: list[dict[str, Any]]) -> Iterator[str]:
+    """How many connections are not captured, as they are older than the enrolment."""
+    for pod in pods:
+        if count := pod.get("existing"):
+            many = "connection" if count == 1 else "connections"
+            yield f"{pod['netns']}: {count} {many} from before the enrolment past the proxy"
 
 
 def _leaks(pods: list[dict[str, Any]]) -> Iterator[str]:

@@ -129,6 +129,20 @@ def ask_over_tcp(address: SocketAddress, *messages: bytes) -> list[bytes]:
     return sorted(answers)
 
 
+def keep_asking(channel: Channel, address: SocketAddress) -> None:
+    """Ask what one is told from one connected socket; the answer, or the errno."""
+    with ClientOptions(timeout=20).socket(address, socket.SOCK_DGRAM) as client:
+        client.connect(address.sockaddr())
+        channel.send("ready")
+        while True:
+            message = channel.receive()
+            try:
+                client.send(message)
+                channel.send(client.recv(_LONGEST))
+            except OSError as error:
+                channel.send(error.errno)
+
+
 def flood(channel: Channel, address: SocketAddress, count: int) -> None:
     """Ask for as many names that have no answer, over and over, until ended."""
     queries = [build.query(n & 0xFFFF, f"silent.n{n}") for n in range(count)]

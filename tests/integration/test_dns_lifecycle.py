@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from pyambient.dns.message import SERVFAIL
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.parametrize("backend", ["bpf", "nftables", "iptables"],
 _IDENTS = list(range(0x4000, 0x4014))
 _QUERIES = [build.query(ident) for ident in _IDENTS]
 _ANSWERS = [build.answer_to(query) for query in _QUERIES]
+_ENDED = (errno.EDESTADDRREQ, errno.ECONNABORTED)
 _SILENT = build.query(text="silent.example.com")
 
 
@@ -77,3 +80,20 @@ def test_both_pods_are_served_again_after_agent_and_proxy_were_killed(
             for pod in (strangers.client, strangers.server):
                 strangers.mesh.wait_until(lambda: is_answered(pod, address), "answer")  # noqa: B023 - called at once
             server.ask("seen")
+
+
+def test_a_resolver_that_is_asked_from_before_the_enrolment(strangers: Pair, family: str) -> None:
+    """Its socket goes on by the proxy, or is ended; nothing of it gets out by itself."""
+    client, address = strangers.client, resolver_of(strangers, family)
+    with serve(strangers) as server, client.spawn(resolver.keep_asking, address) as older:
+        assert older.receive() == "ready"
+        assert older.ask(_QUERIES[0]) == _ANSWERS[0]
+        assert [seen.ident for seen in server.ask("seen")] == [_IDENTS[0]]
+        strangers.enroll()
+        goes_on = strangers.backend != "bpf"
+        answer = older.ask(_QUERIES[1])
+        assert answer == _ANSWERS[1] if goes_on else answer in _ENDED
+        assert is_answered(client, address)
+        idents = [seen.ident for seen in server.ask("seen")]
+        assert len(idents) == 1 + goes_on
+        assert _IDENTS[1] not in idents
