@@ -14,7 +14,7 @@ from pyambient.cli import check
 from pyambient.cli.main import cli
 from pyambient.errors import PyambientError
 from tests.bed import CgroupTree
-from tests.bed.seccomp import nobpf
+from tests.bed.seccomp import noattach, nobpf
 
 _BACKENDS = ("bpf", "tc", "nftables", "iptables")
 
@@ -56,6 +56,18 @@ def test_without_bpf_another_backend_is_named(words: list[str]) -> None:
     assert lines[-1] == "--backend auto takes nftables"
     instead = "instead: --backend nftables or iptables"
     assert f"  ✘ bpf(2) (Linux 4.4): Function not implemented; {instead}" in lines
+
+
+def test_where_nothing_can_be_attached_another_backend_is_named(words: list[str]) -> None:
+    """Programs load, but no link is made: neither `bpf` nor `tc`, and still exit code 0."""
+    line = noattach(sys.executable, "-m", "pyambient", *words)
+    done = subprocess.run(line, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "--backend auto takes nftables"
+    refused = "Operation not permitted; instead: --backend nftables or iptables"
+    assert lines.count(f"  ✘ sk_lookup (Linux 5.9): {refused}") == 2
+    assert "  ✔ bpf(2) (Linux 4.4)" in lines
 
 
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
