@@ -77,6 +77,13 @@ ca_dir_option = click.option(
 trust_domain_option = click.option(
     "--trust-domain", default="cluster.local", show_default=True, help="Of every identity here."
 )
+same_node_option = click.option(
+    "--same-node",
+    type=click.Choice(["hbone", "direct"]),
+    default="hbone",
+    show_default=True,
+    help="How pods of this node reach one another: by a tunnel, or without TLS inside the proxy.",
+)
 bpf_loader_option = click.option(
     "--bpf-loader",
     type=click.Choice(["libbpf", "bcc"]),

@@ -19,6 +19,7 @@ from .options import (
     log_level_option,
     mesh_option,
     require_root,
+    same_node_option,
     stop_with_parent_option,
     trust_domain_option,
 )
@@ -35,6 +36,7 @@ from .options import (
 @mesh_option
 @ca_dir_option
 @trust_domain_option
+@same_node_option
 @log_format_option
 @log_level_option
 @stop_with_parent_option
@@ -48,6 +50,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
     mesh: Path | None,
     ca_dir: Path | None,
     trust_domain: str,
+    same_node: str,
     log_format: str,
     log_level: str,
     stop_with_parent: int | None,
@@ -75,6 +78,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
             mesh=mesh,
             log_format=log_format,
             log_level=log_level,
+            direct=same_node == "direct",
         )
     )
 

@@ -34,6 +34,7 @@ from .options import (
     mesh_option,
     probe_cgroup_option,
     require_root,
+    same_node_option,
     trust_domain_option,
 )
 
@@ -51,6 +52,7 @@ class _Settings:
     mesh: Path | None
     ca_dir: Path | None
     trust_domain: str
+    same_node: str
     log_format: str
     log_level: str
     drain_timeout: float
@@ -67,7 +69,12 @@ class _Settings:
     def proxy(self) -> list[str]:
         files = {"--mesh": self.mesh, "--ca-dir": self.ca_dir}
         given = [f"{option}={path.absolute()}" for option, path in files.items() if path]
-        return [*self._common("proxy"), f"--trust-domain={self.trust_domain}", *given]
+        return [
+            *self._common("proxy"),
+            f"--trust-domain={self.trust_domain}",
+            f"--same-node={self.same_node}",
+            *given,
+        ]
 
     def _common(self, command: str) -> list[str]:
         return [
@@ -94,6 +101,7 @@ class _Settings:
 @mesh_option
 @ca_dir_option
 @trust_domain_option
+@same_node_option
 @log_format_option
 @log_level_option
 @drain_timeout_option(DEFAULT_DRAIN_TIMEOUT)

@@ -6,7 +6,7 @@ Pure functions of the snapshot. The outcome is what `decide_outbound`, `decide_i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Final
 
@@ -26,12 +26,22 @@ _MOST_NAMED: Final = 8
 _ORDER: Final = {Action.DENY: 0, Action.ALLOW: 1}
 
 
-def explain_outbound(snapshot: Snapshot, own: Workload, to: SocketAddress) -> Explanation:
-    """A connection that the proxy took from an app of `own`, and that was going to `to`."""
-    return Explanation.of(_outbound(snapshot, own, to))
+def explain_outbound(
+    snapshot: Snapshot,
+    own: Workload,
+    to: SocketAddress,
+    nearby: Callable[[Tunnel], str] = lambda _: "",
+) -> Explanation:
+    """A connection that the proxy took from an app of `own`, and that was going to `to`.
+
+    `nearby` names the pod that is reached without the tunnel, if one is.
+    """
+    return Explanation.of(_outbound(snapshot, own, to, nearby))
 
 
-def _outbound(snapshot: Snapshot, own: Workload, to: SocketAddress) -> Iterator[Ruled]:
+def _outbound(
+    snapshot: Snapshot, own: Workload, to: SocketAddress, nearby: Callable[[Tunnel], str]
+) -> Iterator[Ruled]:
     if to.port in LOOP_PORTS:
         yield Finding("the proxy's ports", True, f"{to.port} is one, fine elsewhere"), None
     workload = snapshot.workload_by_address(own.network, to.ip)
@@ -46,7 +56,15 @@ def _outbound(snapshot: Snapshot, own: Workload, to: SocketAddress) -> Iterator[
     if isinstance(route, Tunnel):
         expected = " or ".join(sorted(map(str, route.expected)))
         yield Finding("identity", True, f"the server has to prove that it is {expected}"), None
+        if pod := nearby(route):
+            yield _same_node(pod, route)
     yield Finding("decision", not isinstance(route, Refuse), route.why), _end(route)
+
+
+def _same_node(pod: str, route: Tunnel) -> Ruled:
+    found = f"{pod} is a pod of this proxy: its policies decide, and there is no TLS"
+    summary = f"the proxy connects to {route.target} inside {pod}, if its policies let it in"
+    return Finding("same node", True, found), End(Outcome.SAME_NODE, summary)
 
 
 def _speaks(workload: Workload) -> str:

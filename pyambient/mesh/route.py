@@ -35,7 +35,10 @@ SELF_CALL = "attempted recursive call to ourselves"
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """HBONE to `next_hop`: CONNECT `authority`, if the server proves to be one of `expected`."""
+    """HBONE to `next_hop`: CONNECT `authority`, if the server proves to be one of `expected`.
+
+    `target` is where the tunnel's end connects to; None where a waypoint decides that.
+    """
 
     next_hop: SocketAddress
     authority: str
@@ -43,6 +46,7 @@ class Tunnel:
     workload: Workload
     service: Service | None
     why: str
+    target: SocketAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ def _direct(question: _Question, candidate: Candidate, service: Service | None) 
         return Plain(target, workload, service, why)
     why = f"workload {workload} {how} and speaks HBONE"
     next_hop = SocketAddress(ip, HBONE_PORT)
-    return Tunnel(next_hop, str(target), candidate.expected, workload, service, why)
+    return Tunnel(next_hop, str(target), candidate.expected, workload, service, why, target)
 
 
 def _waypoint_of(service: Service, choose: Choose) -> GatewayAddress | None:

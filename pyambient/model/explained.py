@@ -22,6 +22,7 @@ class Outcome(enum.Enum):
     DIRECT = "direct"
     CAPTURED = "captured"
     TUNNELLED = "tunnelled"
+    SAME_NODE = "same-node"
     PLAIN = "plain"
     FORWARDED = "forwarded"
     ACCEPTED = "accepted"

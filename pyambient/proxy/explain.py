@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyambient.mesh import explain as mesh
+from pyambient.mesh.route import Tunnel
 from pyambient.model.address import SocketAddress
 from pyambient.model.explained import End, Explanation, Finding, Outcome, Ruled
 from pyambient.zds.details import Explain
 
+from .neighbours import Neighbours
 from .worker import PodScope
 
 # No rule of the mesh asks for the port that a client connects from.
 _ANY_PORT = 0
 
 
-def explain(scope: PodScope, question: Explain) -> Explanation:
+def explain(
+    scope: PodScope, question: Explain, neighbours: Neighbours | None = None
+) -> Explanation:
     """What would happen to a connection that the pod's listeners get."""
     own = scope.workload()
     if own is None:
@@ -25,8 +29,21 @@ def explain(scope: PodScope, question: Explain) -> Explanation:
         source = SocketAddress(question.source, _ANY_PORT)
         explained = mesh.explain_inbound(snapshot, own, scope.addresses, source, question.to)
     else:
-        explained = mesh.explain_outbound(snapshot, own, question.to)
+
+        def nearby(route: Tunnel) -> str:
+            return "" if neighbours is None else _neighbour(scope, neighbours, route)
+
+        explained = mesh.explain_outbound(snapshot, own, question.to, nearby)
     return explained if explained.outcome is not Outcome.TUNNELLED else _proven(scope, explained)
+
+
+def _neighbour(scope: PodScope, neighbours: Neighbours, route: Tunnel) -> str:
+    """Which pod of this proxy the route leads to, if an app without a source of its own asks."""
+    for ip in scope.addresses:
+        reached = neighbours.reached(scope, SocketAddress(ip, _ANY_PORT), route)
+        if reached is not None:
+            return str(reached.pod)
+    return ""
 
 
 def _not_enrolled() -> Iterator[Ruled]:

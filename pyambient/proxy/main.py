@@ -21,6 +21,7 @@ from pyambient.observe.logs import configure, get_logger
 from pyambient.observe.sink import LineSink
 
 from .details_client import serve_details
+from .neighbours import Neighbours
 from .pods import Pods
 from .worker import Worker
 from .zds_client import serve_zds
@@ -30,7 +31,10 @@ _log = get_logger("proxy")
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """How one proxy process runs; times in seconds."""
+    """How one proxy process runs; times in seconds.
+
+    `direct`: pods of this proxy reach one another without a tunnel.
+    """
 
     run_dir: Path
     ca_dir: Path
@@ -39,6 +43,7 @@ class ProxySettings:
     log_format: str = "plain"
     log_level: str = "info"
     drain_timeout: float = 5.0
+    direct: bool = False
 
 
 def run(settings: ProxySettings) -> None:
@@ -69,7 +74,7 @@ async def _main(settings: ProxySettings, loop: Loop, sink: LineSink) -> None:
     access_log = AccessLog(settings.log_format, sink.put, settings.log_level)
     worker = Worker(loop, view, certificates, access_log, settings.trust_domain)
     async with trio.open_nursery() as nursery:
-        pods = Pods(worker, nursery)
+        pods = Pods(worker, nursery, Neighbours() if settings.direct else None)
         view.on_change = pods.mesh_changed
         if settings.mesh is not None:
             nursery.start_soon(follow, settings.mesh, view)

@@ -1,9 +1,10 @@
 """Port 15001: connections that apps of the pod made, captured on their way out.
 
 The original destination decides (`mesh.route`): through a tunnel, plainly to one address, or not
-at all. A tunnelled connection's story: the pool gives a tunnel, the CONNECT goes out, the peer
-answers 200, bytes flow. Until then nothing is read from the app, and a failure at any step
-reaches it as a reset, as a refused connection would.
+at all; a pod of the same proxy may be reached without the tunnel (`direct`). A tunnelled
+connection's story: the pool gives a tunnel, the CONNECT goes out, the peer answers 200, bytes flow.
+Until then nothing is read from the app, and a failure at any step reaches it as a reset, as a
+refused connection would.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pyambient.model.numbers import ANSWER_TIMEOUT
 from pyambient.model.spiffe import SpiffeId
 from pyambient.observe.accesslog import ConnectionRecord
 
-from . import sockets
+from . import direct, sockets
+from .neighbours import Neighbours
 from .plain import PLAIN_DESCRIPTORS, PlainConnection
 from .pool import Pool, PoolKey, Waiter
 from .records import outbound_record
@@ -31,9 +33,11 @@ from .worker import PodScope
 class Outbound:
     """The 15001 listener's decisions."""
 
-    def __init__(self, scope: PodScope, pool: Pool) -> None:
+    def __init__(self, scope: PodScope, pool: Pool, neighbours: Neighbours | None = None) -> None:
+        """With `neighbours`, those of them that can be are reached without a tunnel."""
         self._scope = scope
         self._pool = pool
+        self._neighbours = neighbours
 
     def accepted(self, sock: socket.socket, peer: SocketAddress) -> None:
         """An app connected; take its socket over."""
@@ -50,11 +54,25 @@ class Outbound:
         decision = route.decide_outbound(scope.worker.view.snapshot, own, destination)
         match decision:
             case route.Tunnel():
-                Tunnelled(scope, self._pool, sock, record).begin(decision)
+                self._to_the_mesh(sock, record, decision)
             case route.Plain():
                 self._pass_on(sock, record, decision)
             case route.Refuse():
                 self._refuse(sock, peer, destination, decision.reason)
+
+    def _to_the_mesh(
+        self, sock: socket.socket, record: ConnectionRecord, decision: route.Tunnel
+    ) -> None:
+        record.destination_workload = decision.workload
+        if decision.service is not None:
+            record.destination_service = decision.service.hostname
+        neighbour = None
+        if self._neighbours is not None:
+            neighbour = self._neighbours.reached(self._scope, record.source, decision)
+        if neighbour is not None:
+            direct.begin(self._scope, sock, record, decision, neighbour)
+        else:
+            Tunnelled(self._scope, self._pool, sock, record).begin(decision)
 
     def _pass_on(
         self, sock: socket.socket, record: ConnectionRecord, decision: route.Plain
@@ -103,9 +121,6 @@ class Tunnelled:
         self._decision = decision
         record.destination = decision.next_hop
         record.hbone_authority = decision.authority
-        record.destination_workload = decision.workload
-        if decision.service is not None:
-            record.destination_service = decision.service.hostname
         key = PoolKey(self._scope.identity, decision.expected, record.source.ip, decision.next_hop)
         self._pool.request(key, Waiter(self._ready, self._failed))
 

@@ -30,8 +30,12 @@ class PlainConnection:
         near: socket.socket,
         record: ConnectionRecord,
         facts: ConnectionFacts | None = None,
+        descriptors: int = PLAIN_DESCRIPTORS,
     ) -> None:
-        """Take over `near`; `facts` are those that policies have let in."""
+        """Take over `near`; `facts` are those that policies have let in.
+
+        `descriptors` is how many of its sockets the pod answers for.
+        """
         self.facts = facts
         self._scope = scope
         self._near = near
@@ -40,7 +44,7 @@ class PlainConnection:
         self._dial: Dial | None = None
         self._relay: PlainRelay | None = None
         self._target = record.destination
-        scope.track(self, PLAIN_DESCRIPTORS)
+        scope.track(self, descriptors)
 
     def begin(self, far_socket: Callable[[], socket.socket], target: SocketAddress) -> None:
         """Dial `target` with the socket that `far_socket()` makes; its OSError is a refusal."""
@@ -87,8 +91,11 @@ class PlainConnection:
         assert far is not None  # noqa: S101 - begin() made it
         relay = self._relay = PlainRelay(worker.loop, self._near, far, worker.buffers)
         relay.on_finished = self._relay_finished
-        worker.access_log.opened(self._record)
+        self._log_opened()
         relay.start()
+
+    def _log_opened(self) -> None:
+        self._scope.worker.access_log.opened(self._record)
 
     def _explain(self, error: OSError) -> str:
         if isinstance(error, TimeoutError):

@@ -32,6 +32,7 @@ from .dns.forwarder import Forwarder
 from .dns.resolver import resolver_lookup
 from .explain import explain
 from .inbound import Inbound
+from .neighbours import Neighbours
 from .outbound import Outbound
 from .plaintext import Plaintext
 from .pool import Pool
@@ -46,8 +47,9 @@ _ISTIO_CNI_BACKEND = "iptables"
 class Pod:
     """One pod being served."""
 
-    def __init__(self, scope: PodScope) -> None:
+    def __init__(self, scope: PodScope, neighbours: Neighbours | None = None) -> None:
         self.scope = scope
+        self._neighbours = neighbours
         self._pool = Pool(scope)
         self._inbound = Inbound(scope)
         self._listeners: list[Listener] = []
@@ -58,7 +60,7 @@ class Pod:
         """Bind the pod's listeners, or none of them; PyambientError if a port is taken."""
         worker, netns = self.scope.worker, self.scope.netns
         handlers = (
-            (OUTBOUND_PORT, Outbound(self.scope, self._pool).accepted),
+            (OUTBOUND_PORT, Outbound(self.scope, self._pool, self._neighbours).accepted),
             (INBOUND_PORT, Plaintext(self.scope).accepted),
             (HBONE_PORT, self._inbound.accepted),
         )
@@ -70,6 +72,12 @@ class Pod:
         except BaseException:
             self._stop_listening()
             raise
+        self._be_reached()
+
+    def _be_reached(self) -> None:
+        """Let the other pods know by which addresses."""
+        if self._neighbours is not None:
+            self._neighbours.note(self.scope)
 
     def _forward_dns(self) -> None:
         """Have a forwarder if the pod's DNS is captured, and none if it is not."""
@@ -95,8 +103,12 @@ class Pod:
             self._stop_forwarding()
         if (before.backend, before.dns) != (details.backend, details.dns):
             self._forward_dns()
+        if self._listeners:
+            self._be_reached()
 
     def _stop_listening(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.forget(self.scope)
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.close()
@@ -177,9 +189,13 @@ class Pod:
 class Pods:
     """All pods of this proxy: ZDS's PodHandler and the details channel's DetailsHandler."""
 
-    def __init__(self, worker: Worker, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, worker: Worker, nursery: trio.Nursery, neighbours: Neighbours | None = None
+    ) -> None:
+        """With `neighbours`, which is empty, pods reach one another without a tunnel."""
         self._worker = worker
         self._nursery = nursery
+        self._neighbours = neighbours
         self._pods: dict[str, Pod] = {}
         self._details: dict[str, PodDetails] = {}
 
@@ -207,7 +223,7 @@ class Pods:
         if details is None:
             details = PodDetails(_ISTIO_CNI_BACKEND, pod_addresses(netns), dns=DnsCapture())
         scope = PodScope(self._worker, ref, netns, details)
-        pod = Pod(scope)
+        pod = Pod(scope, self._neighbours)
         pod.listen()
         self._pods[ref.uid] = pod
         self._worker.view.publish(scope.published())
@@ -278,7 +294,7 @@ class Pods:
     def explain(self, question: Explain) -> dict[str, Any] | None:
         """What would happen to a connection of or to a pod."""
         pod = self._pods.get(question.uid)
-        return None if pod is None else explain(pod.scope, question).to_json()
+        return None if pod is None else explain(pod.scope, question, self._neighbours).to_json()
 
     # the process
 

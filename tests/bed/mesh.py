@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +36,17 @@ class Mesh:
     be what it was before. The log is printed then; pytest shows it with a failure.
     """
 
-    def __init__(self, bed: Bed, directory: Path, *, without_bpf: bool = False) -> None:
+    def __init__(
+        self,
+        bed: Bed,
+        directory: Path,
+        *,
+        without_bpf: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        """`options` are those of `up`, beside what every test needs."""
         self.bed = bed
+        self.options = tuple(options)
         self.run_dir = directory / "run"
         self.mesh_file = directory / "mesh.yaml"
         self.ca_dir = directory / "ca"
@@ -80,6 +89,7 @@ class Mesh:
             f"--ca-dir={self.ca_dir}",
             "--log-format=json",
             f"--bpf-loader={LOADER}",
+            *self.options,
         ]
 
     def _command(self, verb: str, *words: str) -> list[str]:

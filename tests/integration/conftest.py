@@ -77,3 +77,10 @@ def strangers(bed: Bed, mesh: Mesh, backend: str) -> Pair:
 def destination(pair: Pair, family: str) -> SocketAddress:
     """Where an echo server of the server's pod listens for this test."""
     return SocketAddress(pair.server.address(family), 8080)
+
+
+@pytest.fixture
+def echo(pair: Pair) -> Iterator[Child]:
+    """The server's app, on port 8080 of both families."""
+    with pair.serve(pair.server, 8080) as server:
+        yield server

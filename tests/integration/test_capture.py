@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
 
 import pytest
 
@@ -26,13 +25,6 @@ _MARKER = b"plaintext that must not be on the wire"
 # With netfilter alone the proxy is known by its mark, which an app that may set marks can forge.
 _ONLY_BPF = pytest.mark.parametrize("backend", ["bpf"], scope="module")
 _WITHOUT_NETFILTER = pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module")
-
-
-@pytest.fixture
-def echo(pair: Pair) -> Iterator[Child]:
-    """The server's app, on port 8080 of both families."""
-    with pair.serve(pair.server, 8080) as server:
-        yield server
 
 
 def test_traffic_is_tunnelled(pair: Pair, echo: Child, destination: SocketAddress) -> None:
