@@ -58,7 +58,7 @@ class ProxyListeners:
         return "bpf maps listeners, proxy_sockets += those from before, by pidfd_getfd"
 
     def apply(self, pod: Pod) -> Self:
-        if lost := self._lost(pod):
+        if lost := self._lost(pod, RESERVED_PORTS):
             self._note_sockets(pod)
         for port, place in lost.items():
             with _fetched(*place) as listener, self._map("listeners") as listeners:
@@ -81,7 +81,7 @@ class ProxyListeners:
         """Leave the entries, which go with their sockets."""
 
     def missing(self, pod: Pod) -> str | None:
-        ports = " ".join(map(str, self._lost(pod)))
+        ports = " ".join(map(str, self._lost(pod, self._needed())))
         return f"not in the BPF map listeners: {ports}" if ports else None
 
     def alive(self) -> frozenset[int]:
@@ -93,13 +93,22 @@ class ProxyListeners:
             found = (p for p in RESERVED_PORTS if listeners.get(self._key(p)) is not None)
             return frozenset(found)
 
-    def _lost(self, pod: Pod) -> dict[int, tuple[int, int]]:
+    def _needed(self) -> tuple[int, ...]:
+        """The ports that the hooks look for; one that the proxy does not serve costs a search."""
+        gates = node_map(Path(self.bpffs), "dns_pods")
+        if gates is None:
+            return _PORTS
+        with gates:
+            is_dns_captured = gates.get(struct.pack("=Q", self.cookie)) is not None
+        return RESERVED_PORTS if is_dns_captured else _PORTS
+
+    def _lost(self, pod: Pod, ports: Iterable[int]) -> dict[int, tuple[int, int]]:
         """The listeners that are not in the map: {port: (pid of the proxy, its descriptor)}."""
         listeners = node_map(Path(self.bpffs), "listeners")
         if listeners is None:
             return {}
         with listeners:
-            absent = [port for port in _PORTS if listeners.get(self._key(port)) is None]
+            absent = [port for port in ports if listeners.get(self._key(port)) is None]
         if not absent:
             return {}
         held = _held_sockets(_processes(self._proxies))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from pyambient.intercept.bpf_node import node_map
 from pyambient.intercept.kernel_objects import Map
+from pyambient.model.numbers import DNS_PORT
 from tests.bed import BedPod, changes, kernel_state
 
 from .rig import Rig
@@ -162,6 +164,19 @@ def test_all_pins_are_gone(rig: Rig) -> None:
     _remove_all_pins(rig, one)
     rig.wait_until(lambda: changes(enrolled, kernel_state(one, two)) == [])
     rig.wait_until(lambda: [_problems(rig, pod) for pod in (one, two)] == [[], []])
+
+
+def test_the_listener_for_dns_is_put_back_as_well(rig: Rig) -> None:
+    """It was the one that nobody missed: DNS over TCP was refused until the proxy was restarted."""
+    one, two = _pods(rig, "bpf")
+    lost = struct.pack("=QII", one.netns.cookie(), DNS_PORT, 0)
+    entries = node_map(_BPFFS, "listeners")
+    assert entries is not None
+    with entries:
+        assert entries.get(lost)
+        entries.delete(lost)
+    rig.wait_until(lambda: _repairs(rig, "one").get("bpf-listeners"))
+    assert [_problems(rig, pod) for pod in (one, two)] == [[], []]
 
 
 def test_an_untouched_pod_is_not_repaired(rig: Rig, backend: str) -> None:
