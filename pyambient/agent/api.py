@@ -150,7 +150,8 @@ class Api:
         enrolled = self._enrolments.lookup(_text(request, "netns"))
         # A handle of its own: the pod may be freed, and its handle closed, meanwhile.
         with enrolled.netns.duplicate() as netns:
-            checks = await trio.to_thread.run_sync(verify, enrolled.record, netns)
+            pids = self._proxies.pids
+            checks = await trio.to_thread.run_sync(verify, enrolled.record, netns, pids)
         return [dataclasses.asdict(check) for check in checks]
 
     async def _explain(self, request: Mapping[str, Any]) -> Any:

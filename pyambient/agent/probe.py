@@ -1,12 +1,12 @@
 """A short-lived process that connects from inside a pod and sees who answers.
 
-`python -m pyambient.agent.probe NETNS-FD CGROUP FAMILY...` moves where the pod's apps live (the
+`python -m pyambient.agent.probe NETNS-FD CGROUP TRIAL...` moves where the pod's apps live (the
 cgroup before it makes a socket, then the network namespace), becomes nobody without capabilities
-(root hides ways around the interception) and connects to an address that RFC 5737 and RFC 3849
-reserve for documentation: nobody but an interceptor can answer. It prints a JSON object, a
-reason or null for each family.
+(root hides ways around the interception) and makes each TRIAL, as in "TCP/IPv4", towards an
+address that is reserved for documentation. It prints a JSON object, a reason or null for each.
 
-The proof is the kernel's: the other end of the connection is a socket in this same namespace.
+The proof is the kernel's: the other end of a connection is a socket in this same namespace, and a
+query was answered although no device has sent it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,22 @@ from pyambient.model.address import SocketAddress, from_sockaddr
 from pyambient.model.numbers import OUTBOUND_PORT
 from pyambient.netns import Netns
 
+from .departures import TARGETS, Departures
+from .probe_dns import ask_by_tcp, ask_by_udp
 from .sockdiag import SocketDiagnosis
 
 NOBODY: Final = 65534
-TARGETS: Final = {
-    "IPv4": (SocketAddress("192.0.2.1", 9), SocketAddress("127.0.0.1", OUTBOUND_PORT)),
-    "IPv6": (SocketAddress("2001:db8::1", 9), SocketAddress("::1", OUTBOUND_PORT)),
+_REDIRECTED: Final = {
+    socket.AF_INET: SocketAddress("127.0.0.1", OUTBOUND_PORT),
+    socket.AF_INET6: SocketAddress("::1", OUTBOUND_PORT),
 }
 _ATTEMPTS: Final = 3
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _PATIENCE: Final = 0.5
 
 
-def probe(family: str) -> str | None:
-    """Connect by `family`; why the connection was not captured, or None if it was."""
-    target, redirected = TARGETS[family]
-    reason = "nothing was tried"
-    for _ in range(_ATTEMPTS):
-        reason = _try(target, redirected)
-        if not reason:
-            return None
-    return reason
-
-
-def _try(target: SocketAddress, redirected: SocketAddress) -> str:
+def connect(target: SocketAddress) -> str:
+    """Open a connection; why it was not captured, empty if it was."""
     diagnosis = SocketDiagnosis()
     client = socket.socket(target.family, socket.SOCK_STREAM)
     with client, contextlib.closing(diagnosis):
@@ -62,12 +54,31 @@ def _try(target: SocketAddress, redirected: SocketAddress) -> str:
         own = from_sockaddr(client.getsockname())
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
-            if diagnosis.connected(target, own) or diagnosis.connected(redirected, own):
+            ends = (target, _REDIRECTED[target.family])
+            if any(diagnosis.connected(end, own) for end in ends):
                 return ""
             if code := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 return f"the connection to {target} failed: {os.strerror(code)}"
             time.sleep(0.005)
     return f"the connection to {target} left the pod unseen"
+
+
+_TRIALS: Final = {"TCP": connect, "DNS over UDP": ask_by_udp, "DNS over TCP": ask_by_tcp}
+
+
+def make(trial: str, departures: Departures) -> str | None:
+    """Make a trial, more than once if it fails; why it was not captured, or None if it was."""
+    kind, _, family = trial.partition("/")
+    target = TARGETS[family]
+    reason = "nothing was tried"
+    for _ in range(_ATTEMPTS):
+        departures.device()
+        reason = _TRIALS[kind](target)
+        if device := departures.device():
+            return f"the query to {target.ip} left the pod by {device}"
+        if not reason:
+            return None
+    return reason
 
 
 def _become_nobody() -> None:
@@ -77,12 +88,12 @@ def _become_nobody() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    descriptor, cgroup, *families = arguments
+    descriptor, cgroup, *trials = arguments
     if cgroup:
         Path(cgroup, "cgroup.procs").write_text("0", encoding="ascii")
-    with Netns(int(descriptor), "pod").entered():
+    with Netns(int(descriptor), "pod").entered(), Departures() as departures:
         _become_nobody()
-        sys.stdout.write(json.dumps({family: probe(family) for family in families}))
+        sys.stdout.write(json.dumps({trial: make(trial, departures) for trial in trials}))
         sys.stdout.flush()
         # Nobody cannot return to the first namespace, and has nothing to do there.
         os._exit(0)

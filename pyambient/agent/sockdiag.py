@@ -2,13 +2,16 @@
 
 pyroute2's `DiagSocket` can only dump every socket of the namespace; the answer here must come
 before a proxy that refuses the connection has closed it, so this asks for exactly one.
+
+The kernel answers by the look-up that a segment from outside would meet: where no connection has
+these addresses, it finds the listener that would get one, and sk_lookup programs have their say.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyambient.model.address import SocketAddress, canonical_ip
 
@@ -24,8 +27,24 @@ _REQUEST: Final = struct.Struct("=BBBBI")
 # inet_diag_msg: family, state, timer, retransmits; then the socket's id.
 _ANSWER: Final = struct.Struct("=BBBB")
 _PORTS: Final = struct.Struct("!HH")
-_NO_INTERFACE_NO_COOKIE: Final = struct.pack("=III", 0, 0xFFFFFFFF, 0xFFFFFFFF)
+_NO_COOKIE: Final = struct.pack("=II", 0xFFFFFFFF, 0xFFFFFFFF)
+# Behind family and state: the socket's id, expiry, two queues, the owner.
+_INODE_AT: Final = 4 + 48 + 16
 _BUFFER: Final = 4096
+
+
+class Listener(NamedTuple):
+    """A listening socket: its port, and its inode as /proc/PID/fd names it."""
+
+    port: int
+    inode: int
+
+
+class _Found(NamedTuple):
+    local: SocketAddress
+    remote: SocketAddress
+    state: int
+    inode: int
 
 
 class SocketDiagnosis:
@@ -36,28 +55,40 @@ class SocketDiagnosis:
         self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
 
     def connected(self, local: SocketAddress, remote: SocketAddress) -> bool:
-        """Whether a TCP socket with just these two addresses exists here, in any state.
-
-        The kernel's look-up falls back to listeners, sk_lookup programs included, so what it
-        finds is compared with what was asked for.
-        """
-        self._socket.send(_question(local, remote))
-        answer = self._socket.recv(_BUFFER)
-        kind = _HEADER.unpack_from(answer)[1]
-        if kind == _NLMSG_ERROR:
+        """Whether a TCP socket with just these two addresses exists here, in any state."""
+        found = self._find(local, remote)
+        if found is None or found.state == _TCP_LISTEN:
             return False
-        family, state, _, _ = _ANSWER.unpack_from(answer, _HEADER.size)
-        found = _addresses(family, answer[_HEADER.size + _ANSWER.size :])
-        return state != _TCP_LISTEN and found == (local, remote)
+        return (found.local, found.remote) == (local, remote)
+
+    def listener(self, local: SocketAddress, remote: SocketAddress, device: int) -> Listener | None:
+        """Who would get a connection from `remote` to `local` that comes in by `device`, an index.
+
+        None if nobody would. Netfilter is not asked, which may turn it to another port before.
+        """
+        found = self._find(local, remote, device)
+        if found is None or found.state != _TCP_LISTEN:
+            return None
+        return Listener(found.local.port, found.inode)
+
+    def _find(self, local: SocketAddress, remote: SocketAddress, device: int = 0) -> _Found | None:
+        self._socket.send(_question(local, remote, device))
+        answer = self._socket.recv(_BUFFER)
+        if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+            return None
+        body = answer[_HEADER.size :]
+        family, state, _, _ = _ANSWER.unpack_from(body)
+        (inode,) = struct.unpack_from("=I", body, _INODE_AT)
+        return _Found(*_addresses(family, body[_ANSWER.size :]), state, inode)
 
     def close(self) -> None:
         self._socket.close()
 
 
-def _question(local: SocketAddress, remote: SocketAddress) -> bytes:
+def _question(local: SocketAddress, remote: SocketAddress, device: int) -> bytes:
     body = _REQUEST.pack(local.family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE)
     body += _PORTS.pack(local.port, remote.port) + _packed(local) + _packed(remote)
-    body += _NO_INTERFACE_NO_COOKIE
+    body += struct.pack("=I", device) + _NO_COOKIE
     size = _HEADER.size + len(body)
     return _HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body
 

@@ -1,4 +1,4 @@
-"""Proving that a pod is captured: what is installed, and what happens to a real connection."""
+"""Proving that a pod is captured: what is installed, and what happens to real connections."""
 
 from __future__ import annotations
 
@@ -7,58 +7,172 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pyambient.errors import PyambientError
+from pyambient.intercept.bpf_steps import SkLookup
 from pyambient.intercept.interface import Pod
+from pyambient.intercept.listeners import held_sockets, listening
 from pyambient.intercept.runner import verify as verify_steps
+from pyambient.intercept.survey import survey
+from pyambient.model.numbers import HBONE_PORT, RESERVED_PORTS, RESOLVER_PORT
 from pyambient.netns import Netns
 
-from .probe import TARGETS
+from . import inbound_trial
+from .departures import TARGETS
+from .described import details_of
+from .inbound_trial import Entrance
 from .records import Record, State
 
-_PROBE_TIMEOUT: Final = 20.0
+_PROBE_TIMEOUT: Final = 30.0
+_REPAIR: Final = (
+    "the agent repairs what it finds within 5 s, see its log; if it stays, unenroll the pod and "
+    "enroll it again"
+)
+_SERVE: Final = "see with 'pyambient status' whether a proxy serves the pod"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was checked; `problem` is empty when it is as it should be."""
+    """One thing that was checked; `problem` is empty when it is as it should be.
+
+    `then` is what to do about it: a phrase, as in PyambientError.
+    """
 
     what: str
     problem: str = ""
+    then: str = ""
 
     @property
     def passed(self) -> bool:
         return not self.problem
 
 
-def verify(record: Record, netns: Netns) -> list[Check]:
-    """Check everything an enrolment promises; some checks connect from inside the pod."""
-    checks = [_state(record), *_steps(record, netns)]
+def verify(record: Record, netns: Netns, proxies: Collection[int]) -> list[Check]:
+    """Check everything an enrolment promises; some checks send something inside the pod.
+
+    `proxies` are the pids of those that serve the pod, 0 for one in another pid namespace.
+    """
+    checks = [_state(record), *_steps(record, netns), *_listeners(netns, proxies)]
     families = _families(record)
     if not families:
-        return [*checks, Check("the pod has an address", "it has none, so nothing can be tried")]
-    tried = [family for family in families if _is_captured(record, family)]
-    answers = _probe(netns, record.cgroup, tried) if tried else {}
-    return checks + [
-        Check(f"an {family} connection of an app reaches the proxy", answers[family] or "")
-        if family in tried
-        else Check(f"{TARGETS[family][0]} is excluded, so {family} was not tried")
-        for family in families
-    ]
+        nothing = "it has none, so nothing can be tried"
+        return [*checks, Check("the pod has an address", nothing, "give it one")]
+    return [*checks, *_outbound(record, netns, families), *_inbound(record, netns, families)]
 
 
-def _is_captured(record: Record, family: str) -> bool:
-    target, _ = TARGETS[family]
-    return record.options.outbound.captures(target.ip, target.port)
+def _judged(what: str, problem: str) -> Check:
+    """A trial as a check: a connection that is refused is safe, and wants a proxy."""
+    if not problem:
+        return Check(what)
+    return Check(what, problem, _SERVE if _is_refusal(problem) else _REPAIR)
+
+
+def _is_refusal(problem: str) -> bool:
+    return any(word in problem for word in ("refused", "not permitted", "nobody"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What `agent.probe` is asked to do: a kind that it knows, and a family."""
+
+    kind: str
+    family: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.family}"
+
+    @property
+    def what(self) -> str:
+        if self.kind == "TCP":
+            return f"an {self.family} connection of an app reaches the proxy"
+        return f"{self.kind} of an app reaches the proxy by {self.family}"
+
+    def left_out(self, record: Record) -> str:
+        """Why it is not made; empty if it is."""
+        target = TARGETS[self.family]
+        port = target.port if self.kind == "TCP" else RESOLVER_PORT
+        if record.options.outbound.captures(target.ip, port):
+            return ""
+        return f"{target.ip}:{port} is excluded, so {self.family} was not tried"
+
+
+def _outbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[Check]:
+    captured, reason = _dns(record)
+    kinds = ("TCP", "DNS over UDP", "DNS over TCP") if captured else ("TCP",)
+    trials = [_Trial(kind, family) for kind in kinds for family in families]
+    made = [trial.name for trial in trials if not trial.left_out(record)]
+    answers = _probe(netns, record.cgroup, made) if made else {}
+    for trial in trials:
+        if trial.name in answers:
+            yield _judged(trial.what, answers[trial.name] or "")
+        else:
+            yield Check(trial.left_out(record))
+    if reason:
+        yield Check(reason)
+
+
+def _dns(record: Record) -> tuple[bool, str]:
+    """Whether the pod's DNS is captured, and a line about it if it is not."""
+    if not record.options.dns:
+        return False, "DNS is not captured, as the pod's options say, and was not tried"
+    if details_of(record).dns is None:
+        why = f"DNS is not captured with backend {record.backend}, and was not tried"
+        return False, f"{why}; for DNS enroll the pod with another backend"
+    return True, ""
+
+
+def _inbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[Check]:
+    network = survey(netns)
+    found = {family: network.primary(ipv6=family == "IPv6") for family in families}
+    devices = {address.ip: address.device for address in network.addresses}
+    for ip in filter(None, found.values()):
+        entrance = Entrance(netns, ip, devices[ip])
+        what = f"an {entrance.family} connection from outside to port {HBONE_PORT} is the proxy's"
+        yield _judged(what, inbound_trial.hbone(entrance))
+        yield _plain_inbound(record, entrance)
+
+
+def _plain_inbound(record: Record, entrance: Entrance) -> Check:
+    what = f"an {entrance.family} connection from outside reaches the proxy"
+    if record.options.bypass_inbound:
+        return Check(f"inbound capture is bypassed, so plain {entrance.family} was not tried")
+    if not record.options.inbound.captures(entrance.client.ip, entrance.own.port):
+        client, own = entrance.client.ip, entrance.own
+        return Check(f"what comes from {client} to {own} is excluded, so it was not tried")
+    trial: Callable[[Entrance], str] = inbound_trial.steered
+    if not any(isinstance(step, SkLookup) for step in record.steps):
+        trial = inbound_trial.redirected
+        if not inbound_trial.can_knock(entrance):
+            return Check(
+                f"{entrance.device} has no veth on this node, so plain {entrance.family} was not"
+                " tried; connect to the pod from another one and look at the access log"
+            )
+    return _judged(what, trial(entrance))
+
+
+def _listeners(netns: Netns, proxies: Collection[int]) -> Iterator[Check]:
+    """Whether it is the proxy that has the proxy's ports: not every backend can keep them."""
+    what = "the listeners in the pod are the proxy's"
+    if not proxies:
+        yield Check(what, "no proxy is connected to the agent", "start one, 'pyambient up' does")
+    elif 0 not in proxies:
+        held = held_sockets(proxies)
+        others = {p for p, inode in listening(netns) if p in RESERVED_PORTS and inode not in held}
+        ports = " ".join(map(str, sorted(others)))
+        problem = f"somebody else listens on {ports}" if ports else ""
+        yield Check(what, problem, "see with 'ss -ltnp' in the pod who it is" if ports else "")
 
 
 def _state(record: Record) -> Check:
-    problem = "" if record.state is State.ENROLLED else f"it is {record.state.value}"
-    return Check(f"the pod is enrolled ({record.backend})", problem)
+    what = f"the pod is enrolled ({record.backend})"
+    if record.state is State.ENROLLED:
+        return Check(what)
+    return Check(what, f"it is {record.state.value}", "wait, and look at 'pyambient status'")
 
 
 def _steps(record: Record, netns: Netns) -> Iterator[Check]:
@@ -66,7 +180,7 @@ def _steps(record: Record, netns: Netns) -> Iterator[Check]:
     if not problems:
         yield Check(f"all {len(record.steps)} steps of the enrolment are in place")
     for problem in problems:
-        yield Check("a step of the enrolment is in place", problem)
+        yield Check("a step of the enrolment is in place", problem, _REPAIR)
 
 
 def _families(record: Record) -> list[str]:
@@ -74,10 +188,10 @@ def _families(record: Record) -> list[str]:
     return sorted(has)
 
 
-def _probe(netns: Netns, cgroup: str | None, families: list[str]) -> dict[str, str | None]:
-    """Run `agent.probe` in the pod: {family: why it was not captured, or None}."""
+def _probe(netns: Netns, cgroup: str | None, trials: list[str]) -> dict[str, str | None]:
+    """Run `agent.probe` in the pod: {trial: why it was not captured, or None}."""
     with _place(cgroup) as place:
-        command = [sys.executable, "-m", "pyambient.agent.probe", str(netns.fd), place, *families]
+        command = [sys.executable, "-m", "pyambient.agent.probe", str(netns.fd), place, *trials]
         try:
             done = subprocess.run(
                 command,

@@ -20,16 +20,20 @@ from .options import Invocation, common_options, examples, require_root
 def command(ctx: click.Context, /, *, netns: str) -> None:
     """Prove that the network namespace NETNS is captured.
 
-    Compares what is installed with what was, and connects from inside as an unprivileged process
-    to an address that nobody has: only the proxy can answer. Exits with 1 if a check fails.
+    Compares what is installed with what was. Connects from inside as an unprivileged process to an
+    address that nobody has, and asks it for a name: only the proxy can answer. Finds out who gets
+    what comes from outside. Exits with 1 if a check fails.
     """
     require_root("verify")
     run_dir = RunDir(ctx.ensure_object(Invocation).run_dir)
     checks = ask(run_dir, "verify", netns=path_of(netns))
     for check in checks:
-        mark = "✘" if check["problem"] else "✔"
-        click.echo(
-            f"{mark} {check['what']}" + (f": {check['problem']}" if check["problem"] else "")
-        )
+        click.echo(_line(check))
     if any(check["problem"] for check in checks):
         ctx.exit(1)
+
+
+def _line(check: dict[str, str]) -> str:
+    if not check["problem"]:
+        return f"✔ {check['what']}"
+    return f"✘ {check['what']}: {check['problem']}; {check['then']}"

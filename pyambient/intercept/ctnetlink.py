@@ -1,4 +1,4 @@
-"""What conntrack knows of UDP flows, asked in ctnetlink's own words (linux/nfnetlink_conntrack.h).
+"""What conntrack knows of a pod's flows, in ctnetlink's own words (linux/nfnetlink_conntrack.h).
 
 The proxy asks once per DNS query, so this is one small message each way on one open socket, and
 pyroute2 is not needed. Kernels answer within send(2): an answer that is not there does not come.
@@ -39,7 +39,7 @@ Attributes = dict[int, bytes]
 
 
 class Flow(NamedTuple):
-    """The two ends of a UDP flow, as its packets in one direction name them."""
+    """The two ends of a flow, as its packets in one direction name them."""
 
     source: SocketAddress
     destination: SocketAddress
@@ -53,11 +53,15 @@ class Entry(NamedTuple):
 
 
 class Conntrack:
-    """A ctnetlink socket of a pod (needs CAP_NET_ADMIN there); close it when done."""
+    """A ctnetlink socket of a pod (needs CAP_NET_ADMIN there); close it when done.
 
-    def __init__(self, netns: Netns) -> None:
+    Its flows are those of one protocol, UDP unless told.
+    """
+
+    def __init__(self, netns: Netns, protocol: int = socket.IPPROTO_UDP) -> None:
         self._socket = netns.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._socket.setblocking(False)
+        self._protocol = bytes((protocol,))
         self._sequence = 0
 
     def opening(self, answers: Flow) -> Flow | None:
@@ -65,22 +69,33 @@ class Conntrack:
 
         OSError where the kernel has no ctnetlink.
         """
-        body = _tuple(_CTA_TUPLE_REPLY, answers)
-        self._send(_GET, _NLM_F_REQUEST, answers.source.family, body)
-        try:
-            found = next(self._entries(), None)
-        except FileNotFoundError:
-            return None
+        found = self._entry(_CTA_TUPLE_REPLY, answers)
         return found.opening if found else None
 
+    def answers(self, opening: Flow) -> Flow | None:
+        """What the answers are expected to be to the flow that this opened; None if there is none.
+
+        OSError where the kernel has no ctnetlink.
+        """
+        found = self._entry(_CTA_TUPLE_ORIG, opening)
+        return found.answers if found else None
+
+    def _entry(self, which: int, flow: Flow) -> Entry | None:
+        body = self._tuple(which, flow)
+        self._send(_GET, _NLM_F_REQUEST, flow.source.family, body)
+        try:
+            return next(self._entries(), None)
+        except FileNotFoundError:
+            return None
+
     def entries(self, family: int) -> list[Entry]:
-        """All UDP flows of one address family."""
+        """All flows of one address family."""
         self._send(_GET, _NLM_F_REQUEST | _NLM_F_DUMP, family, b"")
         return list(self._entries())
 
     def forget(self, opening: Flow) -> None:
         """Delete the flow that this opened; one that is gone is no error."""
-        body = _tuple(_CTA_TUPLE_ORIG, opening)
+        body = self._tuple(_CTA_TUPLE_ORIG, opening)
         self._send(_DELETE, _NLM_F_REQUEST | _NLM_F_ACK, opening.source.family, body)
         with contextlib.suppress(FileNotFoundError):
             list(self._entries())
@@ -104,7 +119,7 @@ class Conntrack:
         self._socket.send(header + _FAMILY.pack(family, 0, 0) + body)
 
     def _entries(self) -> Iterator[Entry]:
-        """The UDP flows in what answers the last message; OSError is what the kernel says."""
+        """The flows in what answers the last message; OSError is what the kernel says."""
         for _ in range(_MOST_MESSAGES):
             try:
                 received = self._socket.recv(_BUFFER)
@@ -118,9 +133,44 @@ class Conntrack:
                     return
                 if kind == _NLMSG_DONE:
                     return
-                entry = _entry(body)
+                entry = self._read(body)
                 if entry is not None:
                     yield entry
+
+    def _read(self, body: bytes) -> Entry | None:
+        """None if it is of another protocol."""
+        family, attributes = body[0], _attributes(body[_FAMILY.size :])
+        opening, answers = (
+            self._flow(family, attributes[which]) for which in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY)
+        )
+        return Entry(opening, answers) if opening and answers else None
+
+    def _flow(self, family: int, raw: bytes) -> Flow | None:
+        ends = _attributes(raw)
+        protocol, addresses = _attributes(ends[_CTA_TUPLE_PROTO]), _attributes(ends[_CTA_TUPLE_IP])
+        if family not in _CTA_IP or protocol[_CTA_PROTO_NUM] != self._protocol:
+            return None
+        ports = (protocol[_CTA_PROTO_SRC_PORT], protocol[_CTA_PROTO_DST_PORT])
+        source, destination = (
+            SocketAddress(socket.inet_ntop(family, addresses[kind]), int.from_bytes(port))
+            for kind, port in zip(_CTA_IP[family], ports, strict=True)
+        )
+        return Flow(source, destination)
+
+    def _tuple(self, kind: int, flow: Flow) -> bytes:
+        """A CTA_TUPLE_*: the flow's addresses, the protocol and the ports."""
+        family = flow.source.family
+        addresses = b"".join(
+            _attribute(which, socket.inet_pton(family, end.ip.partition("%")[0]))
+            for which, end in zip(_CTA_IP[family], flow, strict=True)
+        )
+        protocol = (
+            _attribute(_CTA_PROTO_NUM, self._protocol)
+            + _attribute(_CTA_PROTO_SRC_PORT, flow.source.port.to_bytes(2))
+            + _attribute(_CTA_PROTO_DST_PORT, flow.destination.port.to_bytes(2))
+        )
+        inner = _nested(_CTA_TUPLE_IP, addresses) + _nested(_CTA_TUPLE_PROTO, protocol)
+        return _nested(kind, inner)
 
 
 def _raise_unless_ack(body: bytes) -> None:
@@ -139,28 +189,6 @@ def _messages(received: bytes) -> Iterator[tuple[int, int, bytes]]:
         received = received[_padded(size) :]
 
 
-def _entry(body: bytes) -> Entry | None:
-    """None if it is not UDP."""
-    family, attributes = body[0], _attributes(body[_FAMILY.size :])
-    opening, answers = (
-        _flow(family, attributes[which]) for which in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY)
-    )
-    return Entry(opening, answers) if opening and answers else None
-
-
-def _flow(family: int, raw: bytes) -> Flow | None:
-    ends = _attributes(raw)
-    protocol, addresses = _attributes(ends[_CTA_TUPLE_PROTO]), _attributes(ends[_CTA_TUPLE_IP])
-    if family not in _CTA_IP or protocol[_CTA_PROTO_NUM] != bytes((socket.IPPROTO_UDP,)):
-        return None
-    ports = (protocol[_CTA_PROTO_SRC_PORT], protocol[_CTA_PROTO_DST_PORT])
-    source, destination = (
-        SocketAddress(socket.inet_ntop(family, addresses[kind]), int.from_bytes(port))
-        for kind, port in zip(_CTA_IP[family], ports, strict=True)
-    )
-    return Flow(source, destination)
-
-
 def _attributes(raw: bytes) -> Attributes:
     found: Attributes = {}
     while len(raw) >= _ATTRIBUTE.size:
@@ -170,22 +198,6 @@ def _attributes(raw: bytes) -> Attributes:
         found[kind & _NLA_TYPE_MASK] = raw[_ATTRIBUTE.size : size]
         raw = raw[_padded(size) :]
     return found
-
-
-def _tuple(kind: int, flow: Flow) -> bytes:
-    """A CTA_TUPLE_*: the flow's addresses, and that it is UDP between these ports."""
-    family = flow.source.family
-    addresses = b"".join(
-        _attribute(which, socket.inet_pton(family, end.ip.partition("%")[0]))
-        for which, end in zip(_CTA_IP[family], flow, strict=True)
-    )
-    protocol = (
-        _attribute(_CTA_PROTO_NUM, bytes((socket.IPPROTO_UDP,)))
-        + _attribute(_CTA_PROTO_SRC_PORT, flow.source.port.to_bytes(2))
-        + _attribute(_CTA_PROTO_DST_PORT, flow.destination.port.to_bytes(2))
-    )
-    inner = _nested(_CTA_TUPLE_IP, addresses) + _nested(_CTA_TUPLE_PROTO, protocol)
-    return _nested(kind, inner)
 
 
 def _nested(kind: int, inner: bytes) -> bytes:

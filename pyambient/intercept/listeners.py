@@ -19,7 +19,7 @@ import fcntl
 import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Self
@@ -70,7 +70,7 @@ class ProxyListeners:
 
         Those it keeps in stock for its next connections would else be taken for an app's.
         """
-        places = _held_sockets(_processes(self._proxies)).values()
+        places = held_sockets(_processes(self._proxies)).values()
         with self._map("proxy_sockets") as noted:
             for place in places:
                 with contextlib.suppress(OSError), _fetched(*place) as proxys:
@@ -111,7 +111,7 @@ class ProxyListeners:
             absent = [port for port in ports if listeners.get(self._key(port)) is None]
         if not absent:
             return {}
-        held = _held_sockets(_processes(self._proxies))
+        held = held_sockets(_processes(self._proxies))
         if not held:
             return {}  # no proxy: the walk through all sockets of the node can be spared
         found = {port: inode for port, inode in listening(pod.netns) if inode in held}
@@ -144,7 +144,7 @@ def _start_time(pid: int) -> int:
         return 0
 
 
-def _held_sockets(pids: list[int]) -> dict[int, tuple[int, int]]:
+def held_sockets(pids: Iterable[int]) -> dict[int, tuple[int, int]]:
     """{inode: (pid, descriptor)} of every socket that these processes hold."""
     held = {}
     for pid in pids:

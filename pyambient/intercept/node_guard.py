@@ -91,7 +91,10 @@ class NodeGuard(DeviceProgram):
 
 
 def peer_index(netns: Netns, device: str) -> int | None:
-    """The index, on the node, of the veth whose other end is `device`; None if there is none."""
+    """The index, on the node, of the veth whose other end is `device`; None if there is none.
+
+    The node's network namespace is the one that the calling thread is in.
+    """
     with routing(netns) as kernel:
         try:
             (link,) = kernel.link("get", ifname=device)
@@ -100,7 +103,7 @@ def peer_index(netns: Netns, device: str) -> int | None:
     index = link.get_attr("IFLA_LINK")
     if kind_of(link) != "veth" or not index:
         return None
-    with routing(_node()) as kernel:
+    with Netns.own() as node, routing(node) as kernel:
         try:
             (peer,) = kernel.link("get", index=index)
         except NetlinkError:

@@ -34,6 +34,8 @@ from pyambient.proxy.zds_client import serve_zds
 from pyambient.zds.details import Explain, PodDetails
 from tests.bed import Bed, BedPod, Channel, Child
 
+from .small_dns import SmallForwarder
+
 _PATIENCE = 20.0
 
 
@@ -193,9 +195,12 @@ class _SmallProxy:
         self._names: dict[str, str] = {}
         self._details: dict[str, PodDetails] = {}
         self._listeners: dict[str, list[socket.socket]] = {}
+        self._forwarders: dict[str, SmallForwarder] = {}
+        self._serving: trio.Nursery | None = None
 
     async def run(self, run_dir: RunDir) -> None:
         async with trio.open_nursery() as nursery:
+            self._serving = nursery
             nursery.start_soon(serve_details, run_dir.details_socket, self)
             nursery.start_soon(serve_zds, run_dir.zds_socket, self)
             while True:
@@ -228,6 +233,9 @@ class _SmallProxy:
                 sockets.listener(netns, port, netfilter=netfilter)
                 for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
             ]
+            forwarder = self._forwarders[pod.uid] = SmallForwarder(netns, netfilter=netfilter)
+        assert self._serving is not None
+        self._serving.start_soon(forwarder.serve)
 
     async def remove(self, uid: str) -> None:
         self._calls.append(f"remove {uid}")
@@ -241,6 +249,8 @@ class _SmallProxy:
     def _stop(self, uid: str) -> None:
         for listener in self._listeners.pop(uid, ()):
             listener.close()
+        if uid in self._forwarders:
+            self._forwarders.pop(uid).close()
 
     def describe(self, uid: str, details: PodDetails) -> None:
         self._calls.append(f"describe {uid} {details.backend} {' '.join(details.addresses)}")

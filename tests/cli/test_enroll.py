@@ -54,7 +54,7 @@ def test_it_says_what_it_enrolled(bed: Bed, tmp_path: Path, backend: str) -> Non
         for pod in (one, two):
             lines = mesh.cli("verify", pod.name).stdout.splitlines()
             assert all(line.startswith("✔ ") for line in lines)
-            assert len(lines) == 4
+            assert len(lines) == 13
         at_once = "--drain-timeout=0"
         assert mesh.cli("unenroll", "one", at_once).stdout.startswith("unenrolled one")
         assert mesh.cli("unenroll", "--all", at_once).stdout.startswith("unenrolled two")

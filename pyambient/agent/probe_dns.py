@@ -1,0 +1,87 @@
+"""A query that the proxy's own forwarder answers, so that no resolver has to be asked.
+
+It has two questions. That is a format error (RFC 9619), so the forwarder says FORMERR and sends
+nothing on; the question is the root's, which tells nobody anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import Final
+
+from pyambient.dns.framing import Frames, framed
+from pyambient.model.address import SocketAddress, from_sockaddr
+from pyambient.model.numbers import DNS_PORT, RESOLVER_PORT
+
+from .sockdiag import SocketDiagnosis
+
+_QUESTION: Final = b"\0\0\1\0\1"  # the root, A, IN
+_TWO_QUESTIONS: Final = b"\0\0\0\2\0\0\0\0\0\0" + 2 * _QUESTION
+_IS_RESPONSE: Final = 0x80
+_LONGEST: Final = 512
+_PATIENCE: Final = 0.5
+_REDIRECTED: Final = {
+    socket.AF_INET: SocketAddress("127.0.0.1", DNS_PORT),
+    socket.AF_INET6: SocketAddress("::1", DNS_PORT),
+}
+
+
+def ask_by_udp(target: SocketAddress) -> str:
+    """Ask the resolver at the target's address; why nobody has answered, empty if one has."""
+    resolver = SocketAddress(target.ip, RESOLVER_PORT)
+    query = os.urandom(2) + _TWO_QUESTIONS
+    with socket.socket(resolver.family, socket.SOCK_DGRAM) as client:
+        client.settimeout(_PATIENCE)
+        try:
+            client.connect(resolver.sockaddr())
+            client.send(query)
+            return _judge(query, client.recv(_LONGEST))
+        except TimeoutError:
+            return f"nobody has answered a query to {resolver}"
+        except OSError as error:
+            return f"a query to {resolver}: {error.strerror}"
+
+
+def ask_by_tcp(target: SocketAddress) -> str:
+    """The same over TCP; the other end of the connection must be a socket of this namespace."""
+    resolver = SocketAddress(target.ip, RESOLVER_PORT)
+    query = os.urandom(2) + _TWO_QUESTIONS
+    with socket.socket(resolver.family, socket.SOCK_STREAM) as client:
+        client.settimeout(_PATIENCE)
+        try:
+            client.connect(resolver.sockaddr())
+            if not _is_captured(client, resolver):
+                return f"the connection to {resolver} is with somebody outside"
+            client.sendall(framed(query))
+            return _judge(query, _receive(client))
+        except TimeoutError:
+            return f"nobody has answered a query to {resolver}"
+        except OSError as error:
+            return f"a query to {resolver}: {error.strerror}"
+
+
+def _is_captured(client: socket.socket, resolver: SocketAddress) -> bool:
+    own = from_sockaddr(client.getsockname())
+    with contextlib.closing(SocketDiagnosis()) as diagnosis:
+        ends = (resolver, _REDIRECTED[resolver.family])
+        return any(diagnosis.connected(end, own) for end in ends)
+
+
+def _receive(client: socket.socket) -> bytes:
+    frames = Frames()
+    while (message := frames.next()) is None:
+        received = client.recv(_LONGEST)
+        if not received:
+            return b""
+        frames.feed(received)
+    return message
+
+
+def _judge(query: bytes, answer: bytes) -> str:
+    if not answer:
+        return "the connection was closed without an answer"
+    if answer[:2] != query[:2] or len(answer) < len(query[:3]) or not answer[2] & _IS_RESPONSE:
+        return "what came back is no answer to the query"
+    return ""
