@@ -366,3 +366,11 @@ def test_answers_go_on_after_an_idle_headers_frame() -> None:
     peer = client()
     assert peer.refuses(peer.headers(1, OK))[0] == PROTOCOL
     assert client().refuses(frame(HEADERS, END_HEADERS | END_STREAM, 3, b"\x88"))[0] == PROTOCOL
+
+
+def test_a_goaway_tells_no_address_of_our_memory() -> None:
+    """What hpack says of an endless integer ends in the repr of a view; a peer must not see it."""
+    block = b"\xff" * 20
+    code, text = server().refuses(frame(HEADERS, END_HEADERS, 1, block))
+    assert code == ErrorCode.COMPRESSION_ERROR
+    assert "0x" not in text
