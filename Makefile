@@ -73,6 +73,10 @@ bench-intercept: $(SETUP) ## what each interception costs (root; QUICK=1, CHECK=
 	$(BIN)/python -m pyambient bench intercept $(if $(QUICK),--quick) $(if $(CHECK),--check)
 	$(BIN)/python -m pyambient bench report
 
+.PHONY: conformance
+conformance: $(SETUP) ## the HBONE port against h2spec, which Go builds (root)
+	$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/integration/conformance.py
+
 # How long, all targets together.
 SECONDS ?= 600
 
