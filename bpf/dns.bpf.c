@@ -166,8 +166,9 @@ static __always_inline int capture(struct bpf_sock_addr *ctx, struct bpf_sock *s
 static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
+	__u8 *by = map_lookup(dns_pods, &to->netns);
 
-	if (!map_lookup(dns_pods, &to->netns))
+	if (!by || *by != BY_HOOKS)
 		return PASS;
 	if (!sk)
 		return REFUSED;

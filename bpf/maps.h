@@ -72,6 +72,15 @@ struct slot {
 	__u32 padding;
 };
 
+/* What the fragments of a packet have in common. */
+struct packet {
+	__u64 netns;
+	__u32 from[4];
+	__u32 to[4];
+	__u32 id;
+	__u32 padding;
+};
+
 struct resolver {
 	__u32 ip[4];
 	__u64 used;	/* when, at the last time (bpf_ktime_get_ns()) */
@@ -87,6 +96,12 @@ struct resolver {
 
 /* Connections without a socket in the pod (it forwards them) that were given to the proxy. */
 #define DEFINE_FORWARDED DEFINE_LRU_HASH(forwarded, struct connection, __u8, 65536)
+
+/* The same for queries over UDP: ends by which an answer is known. */
+#define DEFINE_FORWARDED_QUERIES DEFINE_LRU_HASH(forwarded_dns, struct connection, __u8, 16384)
+
+/* Queries in fragments, of which the first was given to the proxy. */
+#define DEFINE_SPLIT_QUERIES DEFINE_LRU_HASH(split_dns, struct packet, __u8, 4096)
 
 /* The addresses of each pod. */
 #define DEFINE_ADDRESSES DEFINE_HASH(addresses, struct address, __u8, 16384)
@@ -114,8 +129,10 @@ struct resolver {
 #define CAPTURED	1	/* given to the proxy */
 #define EXCLUDED	2	/* goes its way, as the pod's selection wants it */
 
-/* The pods whose DNS goes to the proxy, while they are enrolled. */
+/* The pods whose DNS goes to the proxy while they are enrolled, and what sends it there. */
 #define DEFINE_DNS_PODS DEFINE_HASH(dns_pods, __u64, __u8, 4096)
+#define BY_HOOKS	1	/* on the calls of apps: dns.bpf.c */
+#define BY_DEVICES	2	/* of the pod: query.h */
 
 /* Which resolver a slot of a pod stands for (dns.bpf.c). */
 #define DEFINE_RESOLVERS DEFINE_HASH(resolvers, struct slot, struct resolver, 131072)

@@ -10,6 +10,7 @@
 #include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/tcp.h>
+#include <uapi/linux/udp.h>
 #else
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
@@ -17,6 +18,7 @@
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <linux/tcp.h>
+#include <linux/udp.h>
 #endif
 
 #endif

@@ -25,6 +25,7 @@
 #define TCP_FLAGS	12	/* with the length of the header before them */
 #define TCP_CHECK	16
 #define RST_AND_ACK	0x14
+#define LOCALLY_ADMINISTERED	0x02	/* first byte of a link-layer address that no device has */
 
 DEFINE_LISTENERS;
 DEFINE_REDIRECTED;
@@ -33,12 +34,15 @@ DEFINE_CAPTURED_SOCKETS;
 DEFINE_FORWARDED;
 DEFINE_CONSTANTS;
 
-#include "segment.h"
+#include "query.h"
 
-/* The packet goes in by lo. A device without a link layer (tun, WireGuard) has no header for it. */
+/*
+ * The packet goes in by lo. A device without a link layer (tun, WireGuard) has
+ * no header for it, and gets one that is not for lo: like all that comes so.
+ */
 static __always_inline int to_lo(struct __sk_buff *skb)
 {
-	struct ethhdr link = { .h_proto = skb->protocol };
+	struct ethhdr link = { .h_dest = { LOCALLY_ADMINISTERED }, .h_proto = skb->protocol };
 
 	skb->mark = (skb->mark & ~MARK_MASK) | LOOPBACK_MARK;
 	if (!constant(is_ethernet) && (bpf_skb_change_head(skb, ETH_HLEN, 0) ||
@@ -94,11 +98,15 @@ static __always_inline int refuse(struct __sk_buff *skb, const struct segment *s
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
-static __always_inline int has_listener(void)
+/* The port sk_lookup will choose, too (lookup.bpf.c). */
+static __always_inline int has_listener(const struct connection *ends)
 {
 	struct listener key = { .netns = constant(netns), .port = OUTBOUND_PORT };
-	struct bpf_sock *sk = map_lookup(listeners, &key);
+	struct bpf_sock *sk;
 
+	if (ends->to_port == RESOLVER_PORT && captures_dns())
+		key.port = DNS_PORT;
+	sk = map_lookup(listeners, &key);
 	if (!sk)
 		return 0;
 	bpf_sk_release(sk);
@@ -147,7 +155,7 @@ static __always_inline int opens(struct __sk_buff *skb, struct bpf_sock *sk,
 	if (!map_lookup(redirected, &netns) ||
 	    is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))
 		return passes(sk, &syn->ends);
-	if (!has_listener())
+	if (!has_listener(&syn->ends))
 		return refuse(skb, syn);
 	if (!note_captured(sk, &syn->ends))
 		return TC_ACT_SHOT;
@@ -191,20 +199,53 @@ static __always_inline int goes_on(struct __sk_buff *skb, struct bpf_sock *sk,
 	return has_other_end(skb, ends) ? to_lo(skb) : TC_ACT_UNSPEC;
 }
 
-/* For what cannot be read: a fragment of a captured connection is put together on lo. */
-static __always_inline int is_captured(struct bpf_sock *sk)
+/*
+ * A fragment of a captured connection is put together on lo. What may be a
+ * datagram does not leave where it could be a query; for TCP there is the guard.
+ */
+static __always_inline int unreadable(struct bpf_sock *sk, const struct segment *seg,
+				      struct __sk_buff *skb)
 {
 	__u8 *decided = sk ? storage_get(captured_socks, sk, 0) : NULL;
 
-	return decided && *decided == CAPTURED;
+	if (decided)
+		return *decided == CAPTURED ? to_lo(skb) : TC_ACT_UNSPEC;
+	return seg->protocol != IPPROTO_TCP && captures_dns() ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+static __always_inline int datagram(struct __sk_buff *skb, struct bpf_sock *sk,
+				    struct segment *seg)
+{
+	struct udphdr udp;
+	int captured;
+
+	if (READ(skb, seg->offset, udp))
+		return TC_ACT_SHOT;
+	captured = is_query(seg, &udp);
+	if (!decide_fragments(seg, captured))
+		return TC_ACT_SHOT;
+	if (!captured)
+		return TC_ACT_UNSPEC;
+	return divert(skb, sk, seg, &udp) ? to_lo(skb) : TC_ACT_SHOT;
+}
+
+static __always_inline int other(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg)
+{
+	if (!captures_dns())
+		return TC_ACT_UNSPEC;
+	if (is_datagram(seg))
+		return datagram(skb, sk, seg);
+	decide_fragments(seg, 0);
+	return TC_ACT_UNSPEC;
 }
 
 /*
  * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
- * Returns TC_ACT_REDIRECT for segments of captured connections (to lo) and for
- * a SYN that nobody would take (back, as a RST), TC_ACT_SHOT where there is no
- * memory to do so, TC_ACT_UNSPEC (as if this program were not there) for the
- * proxy, for other protocols, and for connections that are not captured.
+ * Returns TC_ACT_REDIRECT for segments of captured connections and for queries
+ * (to lo) and for a SYN that nobody would take (back, as a RST), TC_ACT_SHOT
+ * where there is no memory to do so and, where DNS is captured, for what may be
+ * a query and cannot be read; TC_ACT_UNSPEC (as if this program were not there)
+ * for the proxy, for other protocols, and for connections that are not captured.
  */
 SEC("tc")
 int pyamb_redirect(struct __sk_buff *skb)
@@ -218,10 +259,12 @@ int pyamb_redirect(struct __sk_buff *skb)
 	if (sk && storage_get(proxy_sockets, sk, 0))
 		return TC_ACT_UNSPEC;
 	kind = read_segment(skb, &segment);
+	if (segment.fragment == LATER && is_of_split_query(&segment))
+		return to_lo(skb);
 	if (kind == UNREADABLE)
-		return is_captured(sk) ? to_lo(skb) : TC_ACT_UNSPEC;
+		return unreadable(sk, &segment, skb);
 	if (kind != SEGMENT)
-		return TC_ACT_UNSPEC;
+		return other(skb, sk, &segment);
 	if (segment.tcp.syn && !segment.tcp.ack)
 		return opens(skb, sk, &segment);
 	return goes_on(skb, sk, &segment.ends);
@@ -238,27 +281,61 @@ static __always_inline int is_answer_to_forwarded(const struct connection *answe
 	return map_lookup(forwarded, &ends) != NULL;
 }
 
+/* Routed, and translated if the pod translates, as if it came from outside. */
+static __always_inline int anew(struct __sk_buff *skb)
+{
+	skb->mark &= ~MARK_MASK;
+	return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+}
+
+/* From another device: its link-layer address is that of a router, and it is for this host. */
+static __always_inline int comes(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct udphdr udp;
+
+	bpf_skb_change_type(skb, PACKET_HOST);
+	if (!is_datagram(seg))
+		return TC_ACT_UNSPEC;
+	if (READ(skb, seg->offset, udp) || !reaches_proxy(skb, seg, &udp))
+		return TC_ACT_SHOT;
+	return TC_ACT_UNSPEC;
+}
+
+/* The proxy's answer to a query stays where it is: a socket bound to a device still gets it. */
+static __always_inline int answers(struct __sk_buff *skb, const struct segment *seg)
+{
+	struct udphdr udp;
+
+	if (READ(skb, seg->offset, udp) || udp.source != bpf_htons(DNS_PORT))
+		return TC_ACT_UNSPEC;
+	if (!set_port(skb, seg->offset, UDP_SOURCE, udp.source, bpf_htons(RESOLVER_PORT)))
+		return TC_ACT_SHOT;
+	return is_to_forwarded(seg, &udp) ? anew(skb) : TC_ACT_UNSPEC;
+}
+
 /*
  * Hook: tc ingress (tcx, before Linux 6.6 clsact) of a pod's lo. Linux 5.9.
  * Returns TC_ACT_UNSPEC, having said of what came from another device that it
- * is for this host (its link-layer address is that of a router);
- * TC_ACT_REDIRECT, to lo again, for answers to forwarded connections.
+ * is for this host, and of an answer to a query that the resolver's port sent
+ * it; TC_ACT_REDIRECT, to lo again, for answers to what the pod forwards;
+ * TC_ACT_SHOT for a query that would not reach the proxy.
  */
 SEC("tc")
 int pyamb_arrival(struct __sk_buff *skb)
 {
 	struct segment segment = { .ends = { .netns = constant(netns) } };
+	int kind;
 
 	if (!(skb->mark & MARK_MASK))
 		return TC_ACT_UNSPEC;
-	if (skb->pkt_type == PACKET_OTHERHOST) {
-		bpf_skb_change_type(skb, PACKET_HOST);
+	kind = read_segment(skb, &segment);
+	if (skb->pkt_type == PACKET_OTHERHOST)
+		return comes(skb, &segment);
+	if (is_datagram(&segment))
+		return answers(skb, &segment);
+	if (kind != SEGMENT || !is_answer_to_forwarded(&segment.ends))
 		return TC_ACT_UNSPEC;
-	}
-	if (read_segment(skb, &segment) != SEGMENT || !is_answer_to_forwarded(&segment.ends))
-		return TC_ACT_UNSPEC;
-	skb->mark &= ~MARK_MASK;
-	return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+	return anew(skb);
 }
 
 DEFINE_LICENSE;

@@ -34,13 +34,21 @@ struct segment {
 	struct connection ends;	/* from the pod outwards */
 	__u32 offset;		/* of the header to be read next */
 	__u32 end;		/* where the packet ends, as its IP header says */
+	__u32 protocol;		/* of that header, as far as headers could be followed */
+	__u32 fragment;		/* FIRST or LATER of a packet in fragments, else 0 */
+	__u32 id;		/* which its fragments share */
 	struct tcphdr tcp;
 };
 
+#define FIRST		1
+#define LATER		2
+
+/* No extension header is shorter than 8 bytes; `id` is that of a fragment header. */
 struct extension {
 	__u8 next;
 	__u8 length;
 	__be16 fragment;
+	__be32 id;
 };
 
 #define READ(skb, offset, header) bpf_skb_load_bytes(skb, offset, &(header), sizeof(header))
@@ -96,6 +104,14 @@ static __always_inline int judge_later_fragment(__u32 protocol)
 	return protocol == IPPROTO_TCP || is_extension(protocol) ? UNREADABLE : OTHER;
 }
 
+static __always_inline void note_fragment(struct segment *seg, __u32 offset, __u32 more, __u32 id)
+{
+	if (!offset && !more)
+		return;
+	seg->fragment = offset ? LATER : FIRST;
+	seg->id = id;
+}
+
 static __always_inline __u32 extension_bytes(__u32 protocol, const struct extension *header)
 {
 	if (protocol == IPPROTO_FRAGMENT)
@@ -120,6 +136,8 @@ static __always_inline int find_segment(struct __sk_buff *skb, struct segment *s
 	__u32 fragment, is_split = 0;
 	int i;
 
+	seg->protocol = protocol;
+
 	for (i = 0; i < MOST_EXTENSIONS; i++) {
 		if (!is_extension(protocol))
 			break;
@@ -128,6 +146,8 @@ static __always_inline int find_segment(struct __sk_buff *skb, struct segment *s
 		seg->offset += extension_bytes(protocol, &header);
 		fragment = protocol == IPPROTO_FRAGMENT ? bpf_ntohs(header.fragment) : 0;
 		protocol = header.next;
+		seg->protocol = protocol;
+		note_fragment(seg, fragment & IP6_OFFSET, fragment & IP6_MORE, header.id);
 		if (fragment & IP6_OFFSET)
 			return judge_later_fragment(protocol);
 		is_split |= fragment & IP6_MORE;
@@ -151,6 +171,8 @@ static __always_inline int read_ipv4(struct __sk_buff *skb, struct segment *seg)
 	seg->end = seg->offset + bpf_ntohs(ip.tot_len);
 	seg->offset += ip.ihl * 4;
 	fragment = bpf_ntohs(ip.frag_off);
+	seg->protocol = ip.protocol;
+	note_fragment(seg, fragment & IP_OFFSET, fragment & IP_MORE, ip.id);
 	if (fragment & IP_OFFSET || (fragment & IP_MORE && ip.protocol == IPPROTO_TCP))
 		return judge_later_fragment(ip.protocol);
 	return find_segment(skb, seg, ip.protocol);

@@ -7,8 +7,6 @@ from pyambient.zds.details import DnsCapture, PodDetails
 
 from .records import Record
 
-_WITHOUT_DNS = frozenset(("tc",))
-
 
 def details_of(record: Record) -> PodDetails:
     """How the recorded pod is intercepted."""
@@ -21,7 +19,7 @@ def _dns_capture(record: Record) -> DnsCapture | None:
     The resolvers' map is where all maps of the pod are. The step that says where is there for as
     long as the proxy may have to answer, while the gates are gone when a pod drains.
     """
-    if not record.options.dns or record.backend in _WITHOUT_DNS:
+    if not record.options.dns:
         return None
     for step in record.steps:
         if isinstance(step, OwnAddress):

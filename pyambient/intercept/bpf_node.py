@@ -46,7 +46,7 @@ MAPS: Final = (
     *("dns_pods", RESOLVERS_MAP),
     *("probe_sockets", "probes"),
 )
-REDIRECT_MAPS: Final = ("redirected", "forwarded")
+REDIRECT_MAPS: Final = ("redirected", "forwarded", "forwarded_dns", "split_dns")
 _ALL_MAPS: Final = MAPS + REDIRECT_MAPS
 PROGRAM_PREFIX: Final = "pyamb_"
 

@@ -203,12 +203,13 @@ class DnsGate(MapEntry):
     kind: ClassVar[str] = "bpf-dns-gate"
     stage: ClassVar[Stage] = Stage.GATE
     map_name: ClassVar[str] = "dns_pods"
+    captured_by: ClassVar[int] = 1  # BY_HOOKS of bpf/maps.h
 
     def describe(self) -> str:
         return "bpf map dns_pods += this network namespace"
 
     def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
-        return b"\1"
+        return bytes((self.captured_by,))
 
 
 @step

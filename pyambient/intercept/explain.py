@@ -88,7 +88,10 @@ def _outbound(pod: Interception, to: SocketAddress, device: str) -> Iterator[Rul
         yield _route(pod, ipv6=to.is_ipv6)
     is_query = to.port == RESOLVER_PORT and pod.dns
     yield _dns(pod, to.port)
-    yield _listener(pod, DNS_PORT if is_query else OUTBOUND_PORT, "its connect is refused")
+    otherwise = "its connect is refused"
+    if is_query and pod.backend == "tc":
+        otherwise += ", a query by UDP is dropped"
+    yield _listener(pod, DNS_PORT if is_query else OUTBOUND_PORT, otherwise)
     if is_query:
         why = f"the proxy asks {to.ip} itself, by UDP or TCP as the app did, and answers as {to}"
         yield Finding("forwarder", True, why), End(Outcome.FORWARDED, f"{why} (DNS is no tunnel)")

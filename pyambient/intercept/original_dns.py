@@ -9,6 +9,8 @@ a query came. What that says depends on the backend:
   *slot*: one of DNS_SLOTS_V4 or DNS_SLOTS_V6, all of which are local in the pod. The map
   `resolvers` of the node tells whose slot it is. The answer has to come from the slot's address,
   which needs IP_TRANSPARENT or IP_FREEBIND for IPv6; hooks turn it into the resolver's.
+* `tc`: the query was turned round as it is, so it came to the resolver's own address. Only the
+  port is another one, and is put back in the answer.
 * `nftables` and `iptables`: the query was redirected, and conntrack knows from where. The answer
   has to come from the address that the query came to; netfilter turns it into the resolver's.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -79,6 +82,11 @@ def _pinned(bpffs: Path, name: str) -> Map:
     return found
 
 
+def addressed_resolvers(netns: Netns, is_own: Callable[[str], bool]) -> ResolverLookup:
+    """For a pod of the backend `tc`; `is_own` tells which addresses are the pod's."""
+    return _Addressed(netns, is_own)
+
+
 def conntrack_resolvers(netns: Netns) -> ResolverLookup:
     """For a pod of a netfilter backend."""
     return _Redirects(Conntrack(netns))
@@ -135,6 +143,33 @@ class _Slots:
 
     def __repr__(self) -> str:
         return f"<resolvers of netns {self._cookie} in {self._slots!r}>"
+
+
+class _Addressed:
+    def __init__(self, netns: Netns, is_own: Callable[[str], bool]) -> None:
+        self._netns = netns
+        self._is_own = is_own
+
+    def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:  # noqa: ARG002 - the address says it all
+        ip = local_ip.partition("%")[0]
+        if self._is_own(ip):
+            return None
+        if not ip.startswith("fe80:"):
+            return ip
+        scope = self._only_device()
+        return f"{ip}%{scope}" if scope else None
+
+    def _only_device(self) -> int:
+        """The pod's device beside lo, if it has just one; else 0: all comes by lo."""
+        with self._netns.entered():
+            found = [index for index, _ in socket.if_nameindex() if index != _LO]
+        return found[0] if len(found) == 1 else 0
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __repr__(self) -> str:
+        return f"<resolvers addressed in {self._netns.name}>"
 
 
 class _Redirects:

@@ -8,6 +8,11 @@ pod's device. A program at its egress sends captured segments back in by lo, wit
 rule, route and sk_lookup then do for them what they do with `bpf`. They arrive as they were sent:
 the listener's getsockname() is the original destination.
 
+DNS over UDP goes the same way, to port 15053 instead of 53: the address it arrives for is the
+resolver's, and needs no translation. The proxy answers from there, with LOOPBACK_MARK, so that its
+answers come by lo; there the port becomes 53 again. A query that would not reach the proxy is
+dropped on lo.
+
 The proxy's own processes are the node's, so hooks on its cgroup tell its sockets and its listeners,
 and make its connections to apps the way `bpf` does: the redirect has no mark to trust. Inbound
 capture is that of `bpf`.
@@ -36,7 +41,7 @@ from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
 from .selection_map import selection_entries
 from .sysctl import ReservedPorts, Sysctl, read
-from .tc_steps import Arrival, ProxyStep, Redirect, RedirectGate
+from .tc_steps import Arrival, ProxyStep, Redirect, RedirectDnsGate, RedirectGate
 
 _FOR_ARRIVALS = (
     Sysctl("net.ipv4.conf.lo.accept_local", "1"),
@@ -89,6 +94,7 @@ class Tc:
             *(() if by_ifindex else (LoopbackNote(bpffs, cookie),)),
             ProxyListeners(bpffs, str(self._cgroup), cookie),
             SkLookup(bpffs, cookie, by_ifindex, is_redirected=True),
+            *((RedirectDnsGate(bpffs, cookie),) if options.dns else ()),
             RedirectGate(bpffs, cookie),
             *guards(bpffs, cookie, network, options, behind_redirect=True),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from .bpf_node import TC, ProgramSet, existing_map
-from .bpf_steps import MapEntry, NodeStep
+from .bpf_steps import DnsGate, MapEntry, NodeStep
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
@@ -18,6 +18,7 @@ from .loader import Constants, LoadedObject, load
 _SHARED: Final = (
     *("listeners", "redirected", "selections"),
     *("proxy_sockets", "captured_socks", "forwarded"),
+    *("dns_pods", "forwarded_dns", "split_dns"),
 )
 
 
@@ -61,6 +62,18 @@ class Arrival(_Redirecting):
 
     kind: ClassVar[str] = "tc-arrival"
     place: ClassVar[DevicePlace] = DevicePlace("pyamb_arrival", Direction.INGRESS, rank=2)
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class RedirectDnsGate(DnsGate):
+    """From here on its devices turn the pod's DNS round, too."""
+
+    kind: ClassVar[str] = "tc-dns-gate"
+    captured_by: ClassVar[int] = 2  # BY_DEVICES of bpf/maps.h
+
+    def describe(self) -> str:
+        return "bpf map dns_pods += this network namespace, by its devices"
 
 
 @step

@@ -148,6 +148,11 @@ class PodScope:
         return self.details.backend in NETFILTER_BACKENDS
 
     @property
+    def turned_round(self) -> bool:
+        """Whether the pod's devices bring its traffic here, that of others behind it as well."""
+        return self.details.backend == "tc"
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         return self.details.addresses
 

@@ -38,10 +38,11 @@ def record(backend: str, steps: tuple[Step, ...], options: CaptureOptions) -> Re
         ("bpf", _FOUNDATION, DEFAULTS, DnsCapture(_BPFFS, 17)),
         ("bpf", (), DEFAULTS, None),
         ("bpf", (*_FOUNDATION, *_GATES), _WITHOUT_DNS, None),
+        ("tc", (*_FOUNDATION, *_GATES), DEFAULTS, DnsCapture(_BPFFS, 17)),
         ("nftables", (ReservedPorts(),), DEFAULTS, DnsCapture()),
         ("iptables", (ReservedPorts(),), _WITHOUT_DNS, None),
     ],
-    ids=["bpf", "draining", "freed", "off", "netfilter", "netfilter off"],
+    ids=["bpf", "draining", "freed", "off", "tc", "netfilter", "netfilter off"],
 )
 def test_dns_is_told_with_where_its_resolvers_are_noted(
     backend: str, steps: tuple[Step, ...], options: CaptureOptions, capture: DnsCapture | None

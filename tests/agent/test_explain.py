@@ -112,9 +112,10 @@ def test_what_tc_has_no_redirect_for(rig: Rig, family: str) -> None:
         assert _told_and_seen(rig, two, outside, family, "") == ["captured"] * 2
 
 
-def test_tc_says_that_it_captures_no_dns_over_udp(rig: Rig) -> None:
-    """DNS over TCP is captured like any connection."""
+def test_tc_says_what_becomes_of_dns(rig: Rig, family: str) -> None:
+    """It goes to the forwarder; the rig's proxy has none, so a query gets nowhere."""
     one, two, _ = _enrolled_with_tc(rig)
-    said = rig.ask("explain", netns=one.path, to=f"{two.ipv4}:53")
+    said = rig.ask("explain", netns=one.path, to=str(SocketAddress(two.address(family), 53)))
     dns = {finding["rule"]: finding["found"] for finding in said["findings"]}["DNS"]
-    assert (said["outcome"], "UDP leaves as it is" in dns) == ("captured", True)
+    assert (said["outcome"], "goes to the proxy's forwarder" in dns) == ("refused", True)
+    assert "a query by UDP is dropped: nobody listens on 15053" in said["summary"]

@@ -13,11 +13,12 @@ import trio
 from pyambient.intercept.netns_cookie import netns_cookie
 from pyambient.intercept.original_dns import (
     ResolverLookup,
+    addressed_resolvers,
     bpf_resolvers,
     conntrack_resolvers,
 )
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import DNS_PORT, PROXY_MARK, RESOLVER_PORT
+from pyambient.model.numbers import DNS_PORT, LOOPBACK_MARK, PROXY_MARK, RESOLVER_PORT
 
 from .network import BedPod
 
@@ -42,13 +43,14 @@ class Query:
 class Forwarder:
     """A socket on 15053 of a pod, for both families and all addresses."""
 
-    def __init__(self, pod: BedPod, *, netfilter: bool) -> None:
+    def __init__(self, pod: BedPod, backend: str) -> None:
         self.pod = pod
-        self._netfilter = netfilter
+        self._backend = backend
         self._lookup: ResolverLookup | None = None
         made = pod.netns.socket(socket.AF_INET6, socket.SOCK_DGRAM)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+        mark = LOOPBACK_MARK if backend == "tc" else PROXY_MARK
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -83,13 +85,18 @@ class Forwarder:
     def _resolvers(self) -> ResolverLookup:
         """Made when it is needed: the maps are pinned later than the proxy starts."""
         if self._lookup is None:
-            cookie = netns_cookie(self.pod.netns, self.pod.bed.cgroup.path)
-            self._lookup = (
-                conntrack_resolvers(self.pod.netns)
-                if self._netfilter
-                else bpf_resolvers(_BPFFS, cookie)
-            )
+            self._lookup = self._make_lookup()
         return self._lookup
+
+    def _make_lookup(self) -> ResolverLookup:
+        pod = self.pod
+        match self._backend:
+            case "bpf":
+                return bpf_resolvers(_BPFFS, netns_cookie(pod.netns, pod.bed.cgroup.path))
+            case "tc":
+                return addressed_resolvers(pod.netns, lambda ip: ip in (pod.ipv4, pod.ipv6))
+            case _:
+                return conntrack_resolvers(pod.netns)
 
     def __enter__(self) -> Self:
         return self

@@ -61,19 +61,19 @@ class Interception:
 class NullProxy:
     """The running proxy, seen from the test.
 
-    `pods` maps each pod to whether its backend is a netfilter one (original destination by
-    SO_ORIGINAL_DST) or not (by getsockname).
+    `pods` maps each pod to its backend: original destinations are known by SO_ORIGINAL_DST with
+    those of netfilter, by getsockname with the others.
     """
 
-    def __init__(self, bed: Bed, pods: Mapping[BedPod, bool]) -> None:
+    def __init__(self, bed: Bed, pods: Mapping[BedPod, str]) -> None:
         bed.cgroup.proxy.mkdir(exist_ok=True)
         self.child = bed.node.spawn(_serve, dict(pods), uid=0, gid=0, cgroup=bed.cgroup.proxy)
         assert self.child.receive() == "listening"
 
     @classmethod
-    def of(cls, bed: Bed, pods: Iterable[BedPod], *, netfilter: bool) -> Self:
-        """A proxy for `pods`, all with one kind of backend."""
-        return cls(bed, dict.fromkeys(pods, netfilter))
+    def of(cls, bed: Bed, pods: Iterable[BedPod], backend: str) -> Self:
+        """A proxy for `pods`, all with one backend."""
+        return cls(bed, dict.fromkeys(pods, backend))
 
     def accepted(self) -> list[Interception]:
         """All that reached a listener so far, in order of the outcome."""
@@ -93,12 +93,12 @@ class NullProxy:
         return f"<NullProxy pid {self.child.pid}>"
 
 
-def _serve(channel: Channel, pods: Mapping[BedPod, bool]) -> None:
+def _serve(channel: Channel, pods: Mapping[BedPod, str]) -> None:
     trio.run(_Proxy(channel, pods).run)
 
 
 class _Proxy:
-    def __init__(self, channel: Channel, pods: Mapping[BedPod, bool]) -> None:
+    def __init__(self, channel: Channel, pods: Mapping[BedPod, str]) -> None:
         self.channel = channel
         self.pods = pods
         self.seen: list[Interception] = []
@@ -110,7 +110,7 @@ class _Proxy:
             for pod in self.pods
             for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT)
         ]
-        forwarders = [nulldns.Forwarder(pod, netfilter=self.pods[pod]) for pod in self.pods]
+        forwarders = [nulldns.Forwarder(pod, backend) for pod, backend in self.pods.items()]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._accept_all, nursery, listeners, forwarders)
             self.channel.send("listening")
@@ -167,7 +167,7 @@ class _Proxy:
         self, pod: BedPod, port: int, downstream: trio.socket.SocketType, peer: SocketAddress
     ) -> None:
         """Note the connection, and pass it on or reset it."""
-        original = _original_destination(downstream, netfilter=self.pods[pod])
+        original = _original_destination(downstream, netfilter=self.pods[pod] not in ("bpf", "tc"))
         failure = errno.ELOOP
         with downstream:
             if original.port not in LOOP_PORTS:

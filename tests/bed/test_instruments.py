@@ -201,7 +201,7 @@ def test_the_null_proxy_relays_both_ways(
     """Redirected by hand, a connection passes both proxies and keeps source and destination."""
     client, server = pods
     destination = SocketAddress(server.address(family), 8080)
-    with NullProxy.of(bed, pods, netfilter=True) as proxy:
+    with NullProxy.of(bed, pods, "nftables") as proxy:
         for pod in pods:
             _redirect_by_hand(pod)
         seen = client.run(apps.request, destination, b"x" * 300_000)
@@ -220,7 +220,7 @@ def test_the_null_proxy_relays_both_ways(
 def test_the_null_proxy_passes_a_refusal_on(bed: Bed, pods: tuple[BedPod, BedPod]) -> None:
     """What the destination refuses is reset at once, and noted with its errno."""
     client, server = pods
-    with NullProxy.of(bed, [client], netfilter=True) as proxy:
+    with NullProxy.of(bed, [client], "nftables") as proxy:
         _redirect_by_hand(client)
         seen = client.run(apps.request, SocketAddress(server.address("v4"), 8080))
         (noted,) = proxy.accepted()
@@ -231,7 +231,7 @@ def test_the_null_proxy_passes_a_refusal_on(bed: Bed, pods: tuple[BedPod, BedPod
 def test_the_null_proxy_does_not_call_itself(bed: Bed, pods: tuple[BedPod, BedPod]) -> None:
     """A connection to a listener itself is reset, and ends there."""
     client, server = pods
-    with NullProxy.of(bed, [server], netfilter=False) as proxy:
+    with NullProxy.of(bed, [server], "bpf") as proxy:
         seen = client.run(apps.request, SocketAddress(server.address("v4"), 15001))
         (noted,) = proxy.accepted()
     assert seen.failed
@@ -243,7 +243,7 @@ def test_the_null_proxy_can_stop_listening(
 ) -> None:
     """Its listeners close, and what it relays goes on."""
     client, server = pods
-    with NullProxy.of(bed, [client], netfilter=True) as proxy:
+    with NullProxy.of(bed, [client], "nftables") as proxy:
         _redirect_by_hand(client)
         holder = client.spawn(apps.hold, SocketAddress(server.address("v4"), 8080), 5)
         assert holder.receive() == {}

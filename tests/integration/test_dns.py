@@ -17,7 +17,9 @@ from . import resolver
 from .conftest import Pair
 from .resolver import Answered, Seen
 
-pytestmark = pytest.mark.parametrize("backend", ["bpf", "nftables", "iptables"], scope="module")
+pytestmark = pytest.mark.parametrize(
+    "backend", ["bpf", "tc", "nftables", "iptables"], scope="module"
+)
 _IDENTS = range(0x4000, 0x4014)
 
 

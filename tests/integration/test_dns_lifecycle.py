@@ -14,7 +14,9 @@ from tests.dns import build
 from . import resolver
 from .conftest import Pair
 
-pytestmark = pytest.mark.parametrize("backend", ["bpf", "nftables", "iptables"], scope="module")
+pytestmark = pytest.mark.parametrize(
+    "backend", ["bpf", "tc", "nftables", "iptables"], scope="module"
+)
 _IDENTS = list(range(0x4000, 0x4014))
 _QUERIES = [build.query(ident) for ident in _IDENTS]
 _ANSWERS = [build.answer_to(query) for query in _QUERIES]

@@ -42,7 +42,7 @@ class BpfMesh:
             self._apply(pod, (Stage.PREPARE,))
 
     def listen(self) -> NullProxy:
-        self.proxy = NullProxy.of(self.bed, self.pods, netfilter=False)
+        self.proxy = NullProxy.of(self.bed, self.pods, self.backend)
         return self.proxy
 
     def intercepted(self) -> list[Interception]:

@@ -8,8 +8,10 @@ import socket
 from dataclasses import dataclass
 
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import RESOLVER_PORT
-from tests.bed import BedPod, Channel, Child, ClientOptions, apps
+from pyambient.model.numbers import DNS_PORT, RESOLVER_PORT
+from tests.bed import BedPod, Channel, Child, ClientOptions, Packet, apps
+
+from .bpf_mesh import BpfMesh
 
 _LONGEST = 1 << 16
 
@@ -114,3 +116,13 @@ def keep_asking(channel: Channel, resolver: SocketAddress, *, connected: bool = 
                 channel.send(-1)
             except OSError as error:
                 channel.send(error.errno)
+
+
+def originals(mesh: BpfMesh) -> list[tuple[str, int, SocketAddress]]:
+    """What reached the proxy: in which pod, on which port, and for whom it was meant."""
+    return [(seen.pod, seen.port, seen.original) for seen in mesh.intercepted()]
+
+
+def queries(packets: list[Packet]) -> list[Packet]:
+    """What of the packets is a query, to whichever of the ports."""
+    return [p for p in packets if p.ports[1] in (RESOLVER_PORT, DNS_PORT)]

@@ -62,7 +62,7 @@ class NetfilterMesh:
         return self.proxy.accepted()
 
     def __enter__(self) -> Self:
-        self.proxy = NullProxy.of(self.bed, self.pods, netfilter=True)
+        self.proxy = NullProxy.of(self.bed, self.pods, "nftables")
         for pod in self.pods:
             self.enrol(pod)
         return self

@@ -167,7 +167,7 @@ def test_a_second_proxy_takes_over_and_survives_the_first(mesh: BpfMesh, family:
     a, c = mesh.bed.pods["a"], mesh.bed.pods["c"]
     serve(c)
     first = mesh.proxy
-    second = NullProxy.of(mesh.bed, mesh.pods, netfilter=False)
+    second = NullProxy.of(mesh.bed, mesh.pods, mesh.backend)
 
     first.stop_listening()
 

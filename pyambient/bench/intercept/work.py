@@ -69,7 +69,7 @@ class Subject:
         return self.enrolled not in (NOBODY, OTHERS)
 
     def does(self, work: Work) -> bool:
-        """DNS is captured where it is asked, over UDP by all backends but tc."""
+        """DNS is captured where it is asked; what the null proxy answers with tc has no mark."""
         if not work.is_dns or not self.captured:
             return True
         return self.enrolled != SERVER and self.backend != "tc"

@@ -8,11 +8,10 @@ from pyambient.intercept.original_dns import ResolverLookup
 from pyambient.model.address import SocketAddress
 from pyambient.observe.logs import get_logger
 from pyambient.observe.seldom import Seldom
-from pyambient.proxy.addresses import pod_addresses
 from pyambient.proxy.worker import PodScope
 
 from .budget import InFlight, Share
-from .resolver import may_ask, refusal
+from .resolver import own_addresses, refusal
 
 _log = get_logger("dns")
 
@@ -42,8 +41,7 @@ class DnsScope:
     def __init__(self, pod: PodScope, lookup: ResolverLookup) -> None:
         self.pod = pod
         self.lookup = lookup
-        # The details leave these out: they mean nothing outside of the pod.
-        self._link_local = frozenset(ip for ip in pod_addresses(pod.netns) if "%" in ip)
+        self._is_own = own_addresses(pod)
         self.share: Share = pod.worker.query_budget.share()
         self.counters = Counters()
         self._over_budget = Seldom(_log, "DNS queries dropped, too many are in flight")
@@ -51,9 +49,12 @@ class DnsScope:
         self._failed = Seldom(_log, "DNS query failed")
         self._full = Seldom(_log, "DNS connection refused, the pod has too many")
 
-    def may_ask(self, peer: SocketAddress) -> bool:
-        """Whether it is the pod itself that asks; counted if not."""
-        if may_ask(peer.ip, self.pod.addresses) or peer.ip in self._link_local:
+    def may_ask(self, peer: SocketAddress, local_ip: str) -> bool:
+        """Whether the pod itself asks, or somebody behind it; counted if not.
+
+        `local_ip` is where the query came to: none of the pod's if its devices turned it round.
+        """
+        if self._is_own(peer.ip) or (self.pod.turned_round and not self._is_own(local_ip)):
             return True
         self.counters.from_strangers += 1
         return False

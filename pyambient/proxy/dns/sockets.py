@@ -2,7 +2,9 @@
 
 The listener is told the destination of each datagram (pktinfo, RFC 3542 section 6), because the
 answer must come from just that address. That may be none of the pod's, so it is IP_TRANSPARENT. It
-has a mark where the TCP listeners have one (`proxy/sockets.py`).
+has a mark where the TCP listeners have one (`proxy/sockets.py`). With backend `tc` that is
+LOOPBACK_MARK: by it answers pass lo, where they get their port, also if they are for somebody
+behind the pod, and what the kernel says of one that nobody awaits stays inside (fwmark_reflect).
 
 A query goes out from a socket of its own, connected, on a port that the kernel chooses: all of
 ip_local_port_range, less what the pod has reserved, by a generator that nobody can predict (since
@@ -22,7 +24,7 @@ from typing import Final, NamedTuple
 
 from pyambient.errors import PyambientError
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import DNS_PORT, PROXY_MARK
+from pyambient.model.numbers import DNS_PORT, LOOPBACK_MARK, PROXY_MARK
 from pyambient.netns import Netns
 from pyambient.proxy.sockets import Stock, set_transparent
 
@@ -34,17 +36,20 @@ ANCILLARY_SIZE: Final = socket.CMSG_SPACE(_IN6_PKTINFO.size)
 Ancillary = Sequence[tuple[int, int, bytes]]
 
 
-def datagram_listener(netns: Netns, *, netfilter: bool) -> socket.socket:
+_MARKS: Final = {"tc": LOOPBACK_MARK, "nftables": PROXY_MARK, "iptables": PROXY_MARK}
+
+
+def datagram_listener(netns: Netns, backend: str) -> socket.socket:
     """A UDP socket on every address of the pod, both families where the kernel has IPv6.
 
     PyambientError if the port is taken there.
     """
     try:
-        return _bound(netns, socket.AF_INET6, "::", marked=netfilter)
+        return _bound(netns, socket.AF_INET6, "::", _MARKS.get(backend, 0))
     except OSError as error:
         _explain_taken(error)
     try:
-        return _bound(netns, socket.AF_INET, "0.0.0.0", marked=netfilter)  # noqa: S104 - in the pod
+        return _bound(netns, socket.AF_INET, "0.0.0.0", _MARKS.get(backend, 0))  # noqa: S104 - in the pod
     except OSError as error:
         _explain_taken(error)
         raise
@@ -57,11 +62,11 @@ def _explain_taken(error: OSError) -> None:
         ) from None
 
 
-def _bound(netns: Netns, family: int, host: str, *, marked: bool) -> socket.socket:
+def _bound(netns: Netns, family: int, host: str, mark: int) -> socket.socket:
     sock = netns.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
-        if marked:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
+        if mark:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)

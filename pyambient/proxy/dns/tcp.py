@@ -39,7 +39,8 @@ class Connections:
         """An app connected to a resolver; take its socket over. No reason to: it sees a reset."""
         scope = self.scope
         resolver = original_destination(sock, netfilter=scope.pod.netfilter)
-        if not scope.may_ask(peer) or not self._is_captured(resolver) or not self._has_room():
+        may_ask = scope.may_ask(peer, resolver.ip)
+        if not may_ask or not self._is_captured(resolver) or not self._has_room():
             reset(sock)
             return
         scope.counters.connections += 1

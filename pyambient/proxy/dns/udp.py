@@ -45,7 +45,7 @@ class Datagrams:
         pod = scope.pod
         self._loop = pod.worker.loop
         self._view = pod.worker.buffers.plain_view
-        self._sock = sockets.datagram_listener(pod.netns, netfilter=pod.netfilter)
+        self._sock = sockets.datagram_listener(pod.netns, pod.details.backend)
         self._loop.watch(self._sock.fileno(), self._on_events, IN)
 
     def _on_events(self, _mask: int) -> None:
@@ -61,7 +61,7 @@ class Datagrams:
                 self._received(bytes(self._view[:count]), Client(sockaddr, arrived))
 
     def _received(self, message: bytes, client: Client) -> None:
-        if not self.scope.may_ask(from_sockaddr(client.sockaddr)):
+        if not self.scope.may_ask(from_sockaddr(client.sockaddr), client.arrival.ip):
             return
         try:
             query = dns.parse_query(message)
