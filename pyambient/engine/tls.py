@@ -28,6 +28,8 @@ from OpenSSL import SSL
 PLAIN_SIZE = 256 << 10
 _CIPHER_SIZE = 128 << 10
 _WRITE_MAX = 256 << 10
+# What is larger in a BIO is worth giving back when a tunnel is idle.
+_LARGE = 16 << 10
 # A TLS record carries at most 16 KiB (RFC 8446 section 5.1).
 _RECORD = 16 << 10
 _WANT_READ = 2
@@ -77,6 +79,9 @@ class _Calls(Protocol):
 
     def sent(self, count: int) -> None:
         """`count` bytes of `unsent()` have gone out."""
+
+    def renew(self) -> bool:
+        """Give back what empty BIOs have grown to; False if they hold something."""
 
 
 def describe(error: SSL.Error) -> str:
@@ -130,6 +135,9 @@ class _PublicCalls:
     def sent(self, count: int) -> None:
         self._unsent = self._unsent[count:]
 
+    def renew(self) -> bool:
+        return True  # no documented call can replace a BIO: its memory stays with the tunnel
+
 
 class _RawCalls:
     """The same BIOs through the cffi library under pyOpenSSL: no copies, no exceptions."""
@@ -141,6 +149,8 @@ class _RawCalls:
         ffi: Any = _util.ffi
         private: Any = connection
         self._ssl, self._in, self._out = private._ssl, private._into_ssl, private._from_ssl  # noqa: SLF001 - the point
+        self._connection = private
+        self._lib = lib
         self._explain = _util.exception_from_error_queue
         self._ssl_read, self._ssl_write = lib.SSL_read, lib.SSL_write
         self._get_error, self._ssl_pending = lib.SSL_get_error, lib.SSL_pending
@@ -192,6 +202,17 @@ class _RawCalls:
         while count > 0:
             count -= self._bio_read(self._out, scratch, min(count, 2 * _WRITE_MAX))
 
+    def renew(self) -> bool:
+        """A memory BIO never shrinks, so others take their place; SSL_set_bio frees these."""
+        pointer = self._pointer
+        if self._mem_data(self._in, pointer) or self._mem_data(self._out, pointer):
+            return False
+        lib = self._lib
+        self._in, self._out = lib.BIO_new(lib.BIO_s_mem()), lib.BIO_new(lib.BIO_s_mem())
+        lib.SSL_set_bio(self._ssl, self._in, self._out)
+        self._connection._into_ssl, self._connection._from_ssl = self._in, self._out  # noqa: SLF001 - the point
+        return True
+
 
 def calls(connection: SSL.Connection, buffers: SharedBuffers, *, raw: bool = True) -> _Calls:
     """The raw calls where this pyOpenSSL has them, else the public ones."""
@@ -206,7 +227,16 @@ def calls(connection: SSL.Connection, buffers: SharedBuffers, *, raw: bool = Tru
 class TlsTransport:
     """TLS of one established connection on its non-blocking socket."""
 
-    __slots__ = ("_buffers", "_calls", "_connection", "_drained", "blocked", "sock")
+    __slots__ = (
+        "_batched",
+        "_buffers",
+        "_calls",
+        "_connection",
+        "_drained",
+        "_grown",
+        "blocked",
+        "sock",
+    )
 
     def __init__(
         self,
@@ -222,6 +252,8 @@ class TlsTransport:
         self._buffers = buffers
         self._calls = calls(connection, buffers, raw=raw)
         self._drained = False
+        # The BIOs have grown, and they had a large batch since the last `give_back`.
+        self._grown = self._batched = False
 
     def fill(self) -> tuple[int, Fill]:
         """Decrypt into the shared plain buffer from its start; how many bytes, and why not more.
@@ -257,6 +289,8 @@ class TlsTransport:
             return -1
         if received:
             self._drained = received < _CIPHER_SIZE
+            if received > _LARGE:
+                self._batched = True
             self._calls.feed(received)
         return received
 
@@ -265,6 +299,8 @@ class TlsTransport:
         if self.blocked and not self.push():
             return 0
         taken = self._calls.write(view[:_WRITE_MAX])
+        if taken > _LARGE:
+            self._batched = True
         self.push()
         return taken
 
@@ -283,6 +319,13 @@ class TlsTransport:
             self._calls.sent(count)
         self.blocked = not whole
         return whole
+
+    def give_back(self) -> None:
+        """Called now and then: release what the BIOs grew to, if they were idle since last time."""
+        if self._batched:
+            self._batched, self._grown = False, True
+        elif self._grown:
+            self._grown = not self._calls.renew()
 
     def shutdown(self) -> None:
         """Tell the peer that no more comes (close_notify), if it can be told without waiting."""

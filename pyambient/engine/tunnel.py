@@ -242,6 +242,7 @@ class Tunnel:
             if self.connection.pings_unanswered >= allowed:
                 self.close("HBONE ping timeout: the peer has not answered for 20 s")
                 return
+            self._transport.give_back()
             self.connection.ping(b"pyambien")
             self.loop.flush_soon(self)
 

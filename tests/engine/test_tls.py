@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import threading
@@ -139,6 +140,68 @@ def test_a_blocked_transport_takes_nothing_more(pair):
             break
     assert client.blocked
     assert client.send(chunk) == 0
+
+
+class _Mallinfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33."""
+
+    _fields_ = [(f"field{n}", ctypes.c_size_t) for n in range(10)]
+
+
+def allocated():
+    """Bytes that malloc has handed out: in the heap (uordblks) and mapped (hblkhd)."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo
+    info = mallinfo2()
+    return info.field7 + info.field4
+
+
+def exchange(pair, payload):
+    """All of `payload`, there and back."""
+    for (sender, receiver), (_, buffers) in (pair, [end[::-1] for end in pair]):
+        view, got = memoryview(payload), b""
+        while len(got) < len(payload):
+            if view:
+                view = view[sender.send(view) :]
+            sender.push()
+            count, _ = receiver.fill()
+            got += buffers.plain_view[:count]
+        assert got == payload
+
+
+def test_an_idle_transport_gives_back_what_its_bios_grew_to(pair):
+    """A memory BIO keeps the size of its largest batch; ten thousand tunnels would keep as many."""
+    exchange(pair, b"small")
+    before = allocated()
+    exchange(pair, os.urandom(1 << 20))
+    grown = allocated() - before
+    assert grown > 300 << 10
+    for transport in pair[0]:
+        transport.give_back()
+    assert allocated() - before > 300 << 10, "not before it was idle for a while"
+    for transport in pair[0]:
+        transport.give_back()
+    if type(pair[0][0]._calls).__name__ == "_RawCalls":
+        assert allocated() - before < 100 << 10
+    exchange(pair, os.urandom(1 << 20))
+    exchange(pair, b"still alive")
+
+
+def test_bios_that_hold_something_are_kept(pair):
+    """Ciphertext that the socket has not taken is not lost."""
+    (client, server), (_, buffers) = pair
+    payload = os.urandom(256 << 10)
+    sent = 0
+    while not client.blocked:
+        sent += client.send(memoryview(payload))
+    client.give_back()
+    client.give_back()
+    got = receive(server, buffers, len(payload))
+    while len(got) < sent:
+        client.push()
+        count, _ = server.fill()
+        got += buffers.plain_view[:count]
+    assert got == payload * (sent // len(payload))
 
 
 def test_close_notify_and_a_bare_close_are_the_end(pair):

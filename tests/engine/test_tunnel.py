@@ -261,6 +261,37 @@ def test_keep_alive_closes_a_tunnel_whose_peer_is_silent(authority, monkeypatch)
     rigged(authority, test)
 
 
+def test_a_tunnel_that_goes_idle_gives_back_what_it_grew_to(authority, monkeypatch):
+    """Bulk is over for a PING interval: the buffers of both ends are replaced, PINGs go on."""
+    monkeypatch.setattr("pyambient.engine.tunnel.PING_INTERVAL", 0.05)
+    payload = bytes(1 << 20)
+
+    async def test(rig):
+        tunnels = (rig.client.tunnel, rig.server.tunnel)
+        before = [tunnel._transport._calls._in for tunnel in tunnels]
+        app, server = rig.open()
+        async with trio.open_nursery() as nursery:
+            for tunnel in tunnels:
+                nursery.start_soon(tunnel.keep_alive)
+            nursery.start_soon(in_thread, app.sendall, payload)
+            got = 0
+            while got < len(payload):
+                got += len(await in_thread(server.recv, 1 << 18))
+            await until(
+                lambda: all(
+                    tunnel._transport._calls._in != old
+                    for tunnel, old in zip(tunnels, before, strict=True)
+                )
+            )
+            await in_thread(server.sendall, b"still alive")
+            assert await in_thread(app.recv, 100) == b"still alive"
+            nursery.cancel_scope.cancel()
+        app.close()
+        server.close()
+
+    rigged(authority, test)
+
+
 def test_a_peer_that_breaks_http2_ends_the_tunnel_with_a_reason(authority):
     async def test(rig):
         tunnel = rig.client.tunnel
