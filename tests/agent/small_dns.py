@@ -19,7 +19,7 @@ class SmallForwarder:
 
     def __init__(self, netns: Netns, *, netfilter: bool) -> None:
         self._datagrams = trio.socket.from_stdlib_socket(
-            datagram_listener(netns, netfilter=netfilter)
+            datagram_listener(netns, "nftables" if netfilter else "bpf")
         )
         self._listener = trio.socket.from_stdlib_socket(
             sockets.listener(netns, DNS_PORT, netfilter=netfilter)
