@@ -24,11 +24,13 @@ _SYSCTLS = (
     "net.ipv4.conf.all.rp_filter",
     "net.ipv4.conf.lo.accept_local",
 )
+# Packets counted by a chain's policy are no change of anything.
+_UNCOUNTED = r"sed 's/ \[[0-9]*:[0-9]*\]$//'"
 _OF_BOTH = {
     "rules": "ip -4 rule show; ip -6 rule show",
     "listeners": "ss -Hltun " + " or ".join(f"sport = :{port}" for port in RESERVED_PORTS),
     "nft": "nft -s list ruleset",
-    "iptables": "iptables-legacy-save; ip6tables-legacy-save",
+    "iptables": f"iptables-legacy-save | {_UNCOUNTED}; ip6tables-legacy-save | {_UNCOUNTED}",
 }
 _OF_PODS = _OF_BOTH | {
     "addresses": "ip -o addr show scope global; ip -o addr show scope host",

@@ -207,18 +207,20 @@ def test_app_events_are_edge_triggered():
 def test_deadlines_expire_in_order_and_cancelled_ones_do_not():
     async def main(loop):
         deadlines, expired = Deadlines(0.05), []
+
+        def start(name):
+            done = trio.Event()
+            return done, deadlines.start(lambda: (expired.append(name), done.set()))
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(deadlines.run)
-            deadlines.start(lambda: expired.append("one"))
-            deadlines.start(lambda: expired.append("cancelled")).cancel()
-            await trio.sleep(0.02)
-            deadlines.start(lambda: expired.append("two"))
-            await trio.sleep(0.04)
-            assert expired == ["one"]
-            await trio.sleep(0.04)
-            assert expired == ["one", "two"]
-            deadlines.start(lambda: expired.append("three"))
-            await trio.sleep(0.08)
+            start("one")
+            start("cancelled")[1].cancel()
+            second, _ = start("two")
+            assert expired == []
+            await second.wait()
+            third, _ = start("three")
+            await third.wait()
             assert expired == ["one", "two", "three"]
             nursery.cancel_scope.cancel()
 
