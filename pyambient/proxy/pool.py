@@ -178,7 +178,7 @@ class Pool:
 
     async def _connect(self, key: PoolKey) -> _Pooled:
         """A tunnel whose peer is proven and has sent its SETTINGS; TunnelFailed otherwise."""
-        sock = sockets.outbound(self._scope.stock, key.next_hop.family)
+        sock = self._socket(key)
         try:
             await _connect_socket(sock, key.next_hop)
             with trio.fail_after(HANDSHAKE_TIMEOUT):
@@ -192,12 +192,18 @@ class Pool:
         except HandshakeFailed as error:
             reason = f"tls error: {error}"
         except OSError as error:
-            reason = f"connection failed: {error.strerror or error}"
+            reason = str(_failed(error))
         except BaseException:
             sock.close()
             raise
         sock.close()
         raise TunnelFailed(reason)
+
+    def _socket(self, key: PoolKey) -> socket.socket:
+        try:
+            return sockets.outbound(self._scope.stock, key.next_hop.family)
+        except OSError as error:
+            raise _failed(error) from None
 
     async def _secure(self, sock: socket.socket, key: PoolKey) -> _Pooled:
         worker = self._scope.worker
@@ -285,6 +291,10 @@ class Pool:
     def __repr__(self) -> str:
         tunnels = sum(len(lane.tunnels) for lane in self._lanes.values())
         return f"<Pool of {self._scope.pod}: {tunnels} tunnels, {len(self._lanes)} keys>"
+
+
+def _failed(error: OSError) -> TunnelFailed:
+    return TunnelFailed(f"connection failed: {error.strerror or error}")
 
 
 async def _connect_socket(sock: socket.socket, destination: SocketAddress) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+
 from pyambient.hbone import ConnectRequest
 from pyambient.model.numbers import HBONE_PORT, MAX_STREAMS_OPENED
 from pyambient.proxy import pool as pool_module
@@ -69,6 +73,39 @@ def test_a_failure_wakes_every_waiter_with_its_reason(bed, tmp_path):
     async def test(rig):
         waiting = await asked(rig.pool(client), rig.key(client, server), 20)
         assert {one.failure for one in waiting} == {"connection failed: Connection refused"}
+
+    proxied(bed, tmp_path, test)
+
+
+@contextlib.contextmanager
+def no_descriptor_left():
+    """For the block this process can open nothing more, as if all it may have were in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_every_waiter_is_told_and_the_pod_lives_on(bed, tmp_path):
+    """No socket for a tunnel is a failure like others; the next connection gets its tunnel."""
+    client, server = bed.pod("client"), bed.pod("server")
+
+    async def test(rig):
+        await rig.serve(server)
+        pool, key = rig.pool(client), rig.key(client, server)
+        (first,) = await asked(pool, key)
+        pool.close("to have none")
+        await first.tunnel.closed.wait()
+        with no_descriptor_left():
+            waiting = await asked(pool, key, 20)
+        assert {one.failure for one in waiting} == {"connection failed: Too many open files"}
+        (one,) = await asked(pool, key)
+        assert one.failure == ""
+        pool.close("end of the test")
 
     proxied(bed, tmp_path, test)
 
