@@ -92,6 +92,18 @@ _OF_BPF = {
     "bpf-device": _empty("devices"),
     "bpf-gate": _empty("pods"),
 }
+_OF_TC = {
+    "rule": _run("ip rule del pref 32764"),
+    "route": _run("ip -6 route flush table 100"),
+    "sysctl": _run("sysctl -qw net.ipv4.conf.lo.accept_local=0"),
+    "tc-redirect": _unpin("pods/{uid}/redirect-eth0"),
+    "tc-arrival": _unpin("pods/{uid}/arrival-lo"),
+    "bpf-sk-lookup": _unpin("pods/{uid}/sk_lookup"),
+    "bpf-guard": _unpin("pods/{uid}/guard-eth0"),
+    "tc-node": _unpin("node/proxy_connect4"),
+    "bpf-listeners": _empty("listeners"),
+    "tc-gate": _empty("redirected"),
+}
 _OF_NFTABLES = {
     "route": _run("ip -6 route flush table 100"),
     "nftables-outbound": _run("nft flush chain ip pyambient outbound"),
@@ -108,6 +120,7 @@ _DAMAGES = [
     pytest.param(backend, kind, damage, id=f"{backend}-{kind}")
     for backend, damages in (
         ("bpf", _OF_BPF),
+        ("tc", _OF_TC),
         ("nftables", _OF_NFTABLES),
         ("iptables", _OF_IPTABLES),
     )

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyambient.cli.main import cli
+from pyambient.intercept.options import BACKENDS
 from tests.bed import Bed, BedPod, Mesh, apps, changes, kernel_state
 
 IDENTITY = ["--namespace=default", "--service-account=shop"]
@@ -42,7 +43,7 @@ def refused(mesh: Mesh, *words: str, code: int) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("backend", ["bpf", "nftables", "iptables"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_it_says_what_it_enrolled(bed: Bed, tmp_path: Path, backend: str) -> None:
     """Names, backend and addresses; by name, path or pid; named after the namespace or not."""
     with Mesh(bed, tmp_path) as mesh:
@@ -77,7 +78,7 @@ def test_a_process_can_name_the_namespace(running: Mesh) -> None:
 def test_a_dry_run_prints_and_does_nothing(running: Mesh, pod: BedPod) -> None:
     """The plan of each backend, in stages, with the pod's own addresses; no agent is asked."""
     words = ["enroll", pod.path, *IDENTITY, "--dry-run", "--run-dir=/nonexistent/run"]
-    for backend in ("bpf", "nftables", "iptables"):
+    for backend in BACKENDS:
         cgroup = f"--cgroup={running.bed.cgroup.path}"
         result = CliRunner().invoke(cli, [*words, f"--backend={backend}", cgroup])
         assert result.exit_code == 0, result.stderr

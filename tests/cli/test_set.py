@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyambient.cli.main import cli
-from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.options import BACKENDS, CaptureOptions
 from pyambient.model.address import SocketAddress
 from tests.bed import Bed, Mesh, apps, changes, kernel_state
 
@@ -32,7 +32,7 @@ def _fetch(mesh: Mesh) -> None:
     assert mesh.bed.pods["shop"].run(apps.request, destination, b"hello").data == b"hello"
 
 
-@pytest.mark.parametrize("backend", ["bpf", "nftables", "iptables"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_choices_of_a_live_pod(running: Mesh, backend: str) -> None:
     """Chosen at enrolment, shown by status, replaced list by list, and taken back."""
     pods = [running.bed.pods["shop"], running.bed.pods["other"]]
