@@ -42,10 +42,9 @@ def _outbound(family: str) -> set[str]:
     return {_tcp(family), _dns("UDP", family), _dns("TCP", family)}
 
 
-def _trials(backend: str, family: str) -> set[str]:
+def _trials(family: str) -> set[str]:
     """What is tried in a pod that captures all it can."""
-    outbound = {_tcp(family)} if backend == "tc" else _outbound(family)
-    return outbound | {_inbound(family), _hbone(family)}
+    return _outbound(family) | {_inbound(family), _hbone(family)}
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_a_captured_pod_passes(
     checks = _checks(rig, pod)
     assert _failures(checks) == {}
     tried = {check.what for check in checks if _IPV4 in check.what or _IPV6 in check.what}
-    assert tried == set().union(*(_trials(backend, family) for family in families))
+    assert tried == set().union(*(_trials(family) for family in families))
 
 
 def _in_pod(*lines: str) -> Callable[[Rig, BedPod], None]:
@@ -176,10 +175,10 @@ _SABOTAGE = {
     "tc-no-sk-lookup": _Sabotage(
         "tc",
         _unpin_of_pod("sk_lookup"),
-        _TCP | _PLAIN,
+        _OVER_TCP | _PLAIN,
         "",
     ),
-    "tc-no-gate": _Sabotage("tc", _forget("redirected"), _TCP, "left the pod unseen"),
+    "tc-no-gate": _Sabotage("tc", _forget("redirected"), _OVER_TCP, "left the pod unseen"),
     "nftables-no-outbound": _Sabotage(
         "nftables",
         _in_pod("nft flush chain ip pyambient outbound"),
@@ -248,7 +247,7 @@ def test_a_dead_proxy_is_noticed(rig: Rig, proxy: Child, backend: str) -> None:
     found = _failures(checks)
     assert set(found) == {
         _LISTENERS,
-        *(what for family in _FAMILIES for what in _trials(backend, family)),
+        *(what for family in _FAMILIES for what in _trials(family)),
     }
     assert "refused" in found[_tcp(_IPV4)]
     assert all("status" in check.then for check in checks if check.problem and _IPV4 in check.what)
