@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vagrant.testbed.examination import Outcome, Step, examine
+from vagrant.testbed.examination import BACKENDS, Outcome, Step, examine, steps
 
 _UNLUCKY = """
 from pathlib import Path
@@ -54,3 +55,13 @@ def test_many_failures_are_no_bad_luck(step: Step) -> None:
     Path("test_it.py").write_text("".join(_WRONG.replace("fails", f"fails_{n}") for n in range(3)))
     assert _result(examine(step)) == (1, 0, 3, 0)
     assert not Path("tests-bpf-again.log").exists()
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["all", "quick"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_tests_of_a_step_are_there(backend: str, *, quick: bool) -> None:
+    """A test that moved to another file would otherwise be missed in a guest only."""
+    step = next(steps([backend], has_bpf=True, quick=quick))
+    collect = [*step.command, "--collect-only", "-p", "no:cacheprovider"]
+    done = subprocess.run(collect, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

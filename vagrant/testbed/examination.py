@@ -39,7 +39,7 @@ _ELSEWHERE = (
 )
 
 # The parameter, or the module; without what is around it, "tc" is in tcp and in match as well.
-_TC = "([tc- or -tc- or -tc] or [tc] or test_tc.py or test_tc_forwarded.py)"
+_TC = "([tc- or -tc- or -tc] or [tc] or test_tc.py or test_tc_dns.py or test_tc_forwarded.py)"
 _SELECTION = {
     "bpf": f"bpf and not foreign and not {_TC}",
     "tc": _TC,
@@ -53,10 +53,13 @@ _QUICK_TESTS = {
     "bpf": (
         "tests/integration/test_capture.py",
         "tests/integration/test_bypass.py",
-        "tests/intercept/test_bpf_dns.py::test_two_resolvers_on_one_socket",
+        "tests/intercept/test_dns_queries.py::test_two_resolvers_on_one_socket",
         "tests/intercept/test_exclusions.py::test_a_port_is_excluded",
     ),
-    "tc": ("tests/integration/test_capture.py",),
+    "tc": (
+        "tests/integration/test_capture.py",
+        "tests/intercept/test_dns_queries.py::test_two_resolvers_on_one_socket",
+    ),
     "nftables": ("tests/integration/test_capture.py",),
     "iptables": ("tests/integration/test_capture.py",),
 }
