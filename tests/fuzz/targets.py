@@ -56,7 +56,8 @@ def _heard(role: Role, pieces: list[bytes], *, hold: bool) -> list[Any]:
     return [
         error,
         [(bytes(sink.received), sink.events) for sink in sinks],
-        [peer.owner.events, peer.owner.requests],
+        # `drained` waits for output to be taken, which is done once a piece.
+        [[event for event in peer.owner.events if event != "drained"], peer.owner.requests],
         # When windows are opened depends on the cuts; that they are is what the books say.
         [frame for frame in cut(bytes(out)) if frame[0] not in (WINDOW_UPDATE, PING)],
     ]
