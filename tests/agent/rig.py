@@ -30,6 +30,7 @@ from pyambient.netns import Netns
 from pyambient.observe.logs import configure
 from pyambient.proxy import sockets
 from pyambient.proxy.details_client import serve_details
+from pyambient.proxy.worker import NETFILTER_BACKENDS
 from pyambient.proxy.zds_client import serve_zds
 from pyambient.zds.details import Explain, PodDetails
 from tests.bed import Bed, BedPod, Channel, Child
@@ -228,12 +229,14 @@ class _SmallProxy:
         with netns:
             if pod.name in self._refusing:
                 raise PyambientError(f"{pod.name} is not wanted")
-            netfilter = self._details[pod.uid].backend != "bpf"
+            backend = self._details[pod.uid].backend
+            netfilter = backend in NETFILTER_BACKENDS
             self._listeners[pod.uid] = [
                 sockets.listener(netns, port, netfilter=netfilter)
                 for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
             ]
-            forwarder = self._forwarders[pod.uid] = SmallForwarder(netns, netfilter=netfilter)
+            forwarder = SmallForwarder(netns, backend, netfilter=netfilter)
+            self._forwarders[pod.uid] = forwarder
         assert self._serving is not None
         self._serving.start_soon(forwarder.serve)
 
@@ -255,6 +258,8 @@ class _SmallProxy:
     def describe(self, uid: str, details: PodDetails) -> None:
         self._calls.append(f"describe {uid} {details.backend} {' '.join(details.addresses)}")
         self._details[uid] = details
+        if uid in self._forwarders:
+            self._forwarders[uid].suit(details.backend)
 
     async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
         self._calls.append(f"settle {uid} {timeout:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 
 import trio
 
@@ -11,19 +12,21 @@ from pyambient.dns.message import MalformedQueryError, parse_query
 from pyambient.model.numbers import DNS_PORT
 from pyambient.netns import Netns
 from pyambient.proxy import sockets
-from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, arrival, datagram_listener
+from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, answer_mark, arrival, datagram_listener
 
 
 class SmallForwarder:
     """Bound and listening once it is made; it answers while `serve` runs."""
 
-    def __init__(self, netns: Netns, *, netfilter: bool) -> None:
-        self._datagrams = trio.socket.from_stdlib_socket(
-            datagram_listener(netns, "nftables" if netfilter else "bpf")
-        )
+    def __init__(self, netns: Netns, backend: str, *, netfilter: bool) -> None:
+        self._datagrams = trio.socket.from_stdlib_socket(datagram_listener(netns, backend))
         self._listener = trio.socket.from_stdlib_socket(
             sockets.listener(netns, DNS_PORT, netfilter=netfilter)
         )
+
+    def suit(self, backend: str) -> None:
+        """The pod is intercepted in another way."""
+        self._datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, answer_mark(backend))
 
     async def serve(self) -> None:
         """Answer until it is closed."""

@@ -159,7 +159,7 @@ _SABOTAGE = {
         "bpf",
         _unpin_of_node("dns_conn4", "dns_send4"),
         {_dns("UDP", _IPV4)},
-        "192.0.2.1 left the pod by eth0",
+        "nobody has answered a query to 192.0.2.1:53",
         of_node=True,
     ),
     "bpf-no-dns-gate": _Sabotage(

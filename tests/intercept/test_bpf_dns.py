@@ -110,14 +110,14 @@ def test_nobody_else_binds_the_port(mesh: BpfMesh, family: str, kind: int) -> No
 
 
 def test_a_socket_connected_before_the_enrolment(bed: Bed, family: str) -> None:
-    """No hook sees what it sends, so it goes on to ask directly, as it did."""
+    """No hook sees what it sends; the guard does, and lets no query past the forwarder."""
     a, b, c = bed.pod("a"), bed.pod("b"), bed.pod("c")
     resolve(c)
     app = a.spawn(keep_asking, resolver_at(c, family), connected=True)
     assert app.receive() == "ready"
 
     with BpfMesh(bed, a, b) as mesh:
-        assert app.ask("ask") == resolver_at(c, family)
+        assert app.ask("ask") == -1
         assert mesh.intercepted() == []
 
 

@@ -39,17 +39,22 @@ Ancillary = Sequence[tuple[int, int, bytes]]
 _MARKS: Final = {"tc": LOOPBACK_MARK, "nftables": PROXY_MARK, "iptables": PROXY_MARK}
 
 
+def answer_mark(backend: str) -> int:
+    """The mark of the listener, and so of its answers, that this backend wants; 0 for none."""
+    return _MARKS.get(backend, 0)
+
+
 def datagram_listener(netns: Netns, backend: str) -> socket.socket:
     """A UDP socket on every address of the pod, both families where the kernel has IPv6.
 
     PyambientError if the port is taken there.
     """
     try:
-        return _bound(netns, socket.AF_INET6, "::", _MARKS.get(backend, 0))
+        return _bound(netns, socket.AF_INET6, "::", answer_mark(backend))
     except OSError as error:
         _explain_taken(error)
     try:
-        return _bound(netns, socket.AF_INET, "0.0.0.0", _MARKS.get(backend, 0))  # noqa: S104 - in the pod
+        return _bound(netns, socket.AF_INET, "0.0.0.0", answer_mark(backend))  # noqa: S104 - in the pod
     except OSError as error:
         _explain_taken(error)
         raise
