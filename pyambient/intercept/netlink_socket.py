@@ -16,6 +16,7 @@ _DUMP_INTR: Final = 0x10
 _ERROR, _DONE = 2, 3
 _HEADER: Final = struct.Struct("=IHHII")  # nlmsghdr
 _ATTRIBUTE: Final = struct.Struct("=HH")  # nlattr
+_TYPE_MASK: Final = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 _BUFFER: Final = 64 << 10
 _MOST_MESSAGES: Final = 1 << 20
 _MOST_ATTEMPTS: Final = 10
@@ -34,6 +35,17 @@ class NetlinkSocket:
         self._send(kind, flags | _ACK, body)
         for _ in self._answers():
             pass
+
+    def get(self, kind: int, body: bytes) -> bytes | None:
+        """The one message that answers a question; None if it is not there."""
+        self._send(kind, 0, body)
+        return next((answer for _, answer in self._answers()), None)
+
+    def each(self, kind: int, body: bytes) -> Iterator[bytes]:
+        """A list as the kernel tells it, of which nobody has to have all."""
+        self._send(kind, _DUMP, body)
+        for _, answer in self._answers():
+            yield answer
 
     def dump(self, kind: int, body: bytes) -> list[bytes]:
         """All of a list, a message each; read anew where it changed while the kernel told it."""
@@ -91,7 +103,7 @@ def attributes_of(data: bytes) -> Attributes:
         size, kind = _ATTRIBUTE.unpack_from(data, start)
         if size < _ATTRIBUTE.size:
             break
-        found[kind] = data[start + _ATTRIBUTE.size : start + size]
+        found[kind & _TYPE_MASK] = data[start + _ATTRIBUTE.size : start + size]
         start += (size + 3) & ~3
     return found
 

@@ -8,7 +8,6 @@ the same addresses meanwhile is ended in its place.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 import sys
@@ -20,13 +19,11 @@ from pyambient.errors import UnsupportedFeature
 from pyambient.model.address import canonical_ip
 from pyambient.netns import Netns
 
+from .netlink_socket import NetlinkSocket, attributes_of
+
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _SOCK_DESTROY: Final = 21
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_NLMSG_ERROR: Final = 2
-_NLMSG_DONE: Final = 3
-_HEADER: Final = struct.Struct("=IHHII")
 # inet_diag_req_v2: family, protocol, extensions, states; the socket's id.
 _REQUEST_V2: Final = struct.Struct("=BBBxI48s")
 # inet_diag_sockid: ports and addresses in network order, device, cookie.
@@ -34,12 +31,10 @@ _IDENTITY_SIZE: Final = 48
 _TO_PORT: Final = struct.Struct("!2xH44x")
 # inet_diag_msg: family, state, timer, retransmits; the socket's id; what nobody here needs.
 _ANSWER: Final = struct.Struct("=B3x48s20x")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _INET_DIAG_MARK: Final = 15
 _INET_DIAG_CGROUP_ID: Final = 21
 _TCP_ESTABLISHED: Final = 1
 _ALL_STATES: Final = 0xFFFFFFFF
-_BUFFER: Final = 1 << 18
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _GONE: Final = frozenset((errno.ENOENT, errno.ESTALE))
 _CANNOT: Final = frozenset((errno.EOPNOTSUPP, errno.EINVAL))
@@ -80,13 +75,7 @@ class Socket:
         return self._attribute(_INET_DIAG_CGROUP_ID)
 
     def _attribute(self, wanted: int) -> int:
-        rest = self.attributes
-        while len(rest) >= _ATTRIBUTE.size:
-            size, kind = _ATTRIBUTE.unpack_from(rest)
-            if kind == wanted:
-                return int.from_bytes(rest[_ATTRIBUTE.size : size], sys.byteorder)
-            rest = rest[(max(size, _ATTRIBUTE.size) + 3) & ~3 :]
-        return 0
+        return int.from_bytes(attributes_of(self.attributes).get(wanted, b""), sys.byteorder)
 
     def _packed(self, ip: bytes) -> bytes:
         return _MAPPED + ip[:4] if self.family == socket.AF_INET else ip
@@ -99,19 +88,17 @@ class DiagnosisRefused(OSError):
 def dump(netns: Netns, kind: int, body: bytes) -> Iterator[Socket]:
     """Ask for sockets by a request of this type."""
     with _diagnosis(netns) as kernel:
-        _send(kernel, kind, _REQUEST | _DUMP, body)
-        while True:
-            received = memoryview(kernel.recv(_BUFFER))
-            while received:
-                size, kind_of, *_ = _HEADER.unpack_from(received)
-                if kind_of == _NLMSG_DONE:
-                    return
-                if kind_of == _NLMSG_ERROR:
-                    code = _code(received)
-                    raise DiagnosisRefused(code, os.strerror(code))
-                family, identity = _ANSWER.unpack_from(received, _HEADER.size)
-                yield Socket(family, identity, bytes(received[_HEADER.size + _ANSWER.size : size]))
-                received = received[(size + 3) & ~3 :]
+        answers = kernel.each(kind, body)
+        while (answer := _next(answers)) is not None:
+            family, identity = _ANSWER.unpack_from(answer)
+            yield Socket(family, identity, answer[_ANSWER.size :])
+
+
+def _next(answers: Iterator[bytes]) -> bytes | None:
+    try:
+        return next(answers, None)
+    except OSError as error:
+        raise DiagnosisRefused(error.errno, error.strerror) from None
 
 
 def udp_sockets_to(netns: Netns, port: int) -> Iterator[Socket]:
@@ -136,30 +123,22 @@ def refuse_unable(netns: Netns) -> None:
     end(netns, socket.IPPROTO_TCP, [Socket(socket.AF_INET, bytes(_IDENTITY_SIZE), b"")])
 
 
-def _end_one(kernel: socket.socket, protocol: int, which: Socket) -> bool:
+def _end_one(kernel: NetlinkSocket, protocol: int, which: Socket) -> bool:
     body = _REQUEST_V2.pack(which.family, protocol, 0, _ALL_STATES, which.identity)
-    _send(kernel, _SOCK_DESTROY, _REQUEST | _ACK, body)
-    code = _code(memoryview(kernel.recv(_BUFFER)))
-    if code in _CANNOT:
+    try:
+        kernel.change(_SOCK_DESTROY, 0, body)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        if error.errno not in _CANNOT:
+            raise
         raise UnsupportedFeature(
             "ending of sockets (CONFIG_INET_DIAG_DESTROY)",
             "4.5",
             "end the processes that have them",
-        )
-    if code and code not in _GONE:
-        raise OSError(code, os.strerror(code))
-    return not code
+        ) from None
+    return True
 
 
-def _diagnosis(netns: Netns) -> socket.socket:
-    return netns.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG)
-
-
-def _send(kernel: socket.socket, kind: int, flags: int, body: bytes) -> None:
-    kernel.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body)
-
-
-def _code(message: memoryview) -> int:
-    """The errno of an NLMSG_ERROR; 0 is an acknowledgement."""
-    (code,) = struct.unpack_from("=i", message, _HEADER.size)
-    return int(-code)
+def _diagnosis(netns: Netns) -> NetlinkSocket:
+    return NetlinkSocket(netns, _NETLINK_SOCK_DIAG)
