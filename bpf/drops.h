@@ -2,7 +2,7 @@
 /*
  * What the guards of a pod dropped: a number for each reason, and the last
  * connections. Both maps are the pod's own, shared by the guards of its devices.
- * To be included after DEFINE_CONSTANTS.
+ * To be included after DEFINE_CONSTANTS and DEFINE_DNS_PODS.
  */
 #ifndef PYAMBIENT_DROPS_H
 #define PYAMBIENT_DROPS_H
@@ -67,6 +67,14 @@ static __always_inline int drop(const struct segment *seg, __u32 reason)
 		*count += 1;
 	note_drop(seg, reason);
 	return constant(counts_only) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+}
+
+/* Whether queries over UDP are dropped, too. */
+static __always_inline int captures_dns(void)
+{
+	__u64 netns = constant(netns);
+
+	return map_lookup(dns_pods, &netns) != NULL;
 }
 
 #endif

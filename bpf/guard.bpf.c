@@ -220,13 +220,6 @@ static __always_inline int judge_query(struct __sk_buff *skb, const struct segme
 	return REASON_DNS;
 }
 
-static __always_inline int captures_dns(void)
-{
-	__u64 netns = constant(netns);
-
-	return map_lookup(dns_pods, &netns) != NULL;
-}
-
 /* Sockets that send nothing that counts, or all they like: no packet has to be read. */
 static __always_inline int is_free(struct bpf_sock *sk)
 {

@@ -16,13 +16,6 @@ DEFINE_CONSTANTS;
 
 #include "drops.h"
 
-static __always_inline int captures_dns(void)
-{
-	__u64 netns = constant(netns);
-
-	return map_lookup(dns_pods, &netns) != NULL;
-}
-
 /*
  * Hook: tc ingress (tcx, before Linux 6.6 clsact) of the veth's end on the node.
  * Linux 4.9. Returns TC_ACT_SHOT for TCP, for queries of a pod whose DNS is
