@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from typing import Final
 
 from pyambient.dns.framing import Frames, framed
@@ -30,36 +31,41 @@ _REDIRECTED: Final = {
 
 def ask_by_udp(target: SocketAddress) -> str:
     """Ask the resolver at the target's address; why nobody has answered, empty if one has."""
-    resolver = SocketAddress(target.ip, RESOLVER_PORT)
-    query = os.urandom(2) + _TWO_QUESTIONS
-    with socket.socket(resolver.family, socket.SOCK_DGRAM) as client:
-        client.settimeout(_PATIENCE)
-        try:
-            client.connect(resolver.sockaddr())
-            client.send(query)
-            return _judge(query, client.recv(_LONGEST))
-        except TimeoutError:
-            return f"nobody has answered a query to {resolver}"
-        except OSError as error:
-            return f"a query to {resolver}: {error.strerror}"
+    return _ask(target, socket.SOCK_DGRAM, _exchange_datagrams)
 
 
 def ask_by_tcp(target: SocketAddress) -> str:
     """The same over TCP; the other end of the connection must be a socket of this namespace."""
+    return _ask(target, socket.SOCK_STREAM, _exchange_frames)
+
+
+_Exchange = Callable[[socket.socket, SocketAddress, bytes], str]
+
+
+def _ask(target: SocketAddress, kind: socket.SocketKind, exchange: _Exchange) -> str:
     resolver = SocketAddress(target.ip, RESOLVER_PORT)
     query = os.urandom(2) + _TWO_QUESTIONS
-    with socket.socket(resolver.family, socket.SOCK_STREAM) as client:
+    with socket.socket(resolver.family, kind) as client:
         client.settimeout(_PATIENCE)
         try:
             client.connect(resolver.sockaddr())
-            if not _is_captured(client, resolver):
-                return f"the connection to {resolver} is with somebody outside"
-            client.sendall(framed(query))
-            return _judge(query, _receive(client))
+            return exchange(client, resolver, query)
         except TimeoutError:
             return f"nobody has answered a query to {resolver}"
         except OSError as error:
             return f"a query to {resolver}: {error.strerror}"
+
+
+def _exchange_datagrams(client: socket.socket, _: SocketAddress, query: bytes) -> str:
+    client.send(query)
+    return _judge(query, client.recv(_LONGEST))
+
+
+def _exchange_frames(client: socket.socket, resolver: SocketAddress, query: bytes) -> str:
+    if not _is_captured(client, resolver):
+        return f"the connection to {resolver} is with somebody outside"
+    client.sendall(framed(query))
+    return _judge(query, _receive(client))
 
 
 def _is_captured(client: socket.socket, resolver: SocketAddress) -> bool:
@@ -82,6 +88,6 @@ def _receive(client: socket.socket) -> bytes:
 def _judge(query: bytes, answer: bytes) -> str:
     if not answer:
         return "the connection was closed without an answer"
-    if answer[:2] != query[:2] or len(answer) < len(query[:3]) or not answer[2] & _IS_RESPONSE:
+    if len(answer) < 3 or answer[:2] != query[:2] or not answer[2] & _IS_RESPONSE:
         return "what came back is no answer to the query"
     return ""

@@ -23,7 +23,6 @@ from pyambient.netns import Netns
 
 from . import inbound_trial
 from .departures import TARGETS
-from .described import details_of
 from .inbound_trial import Entrance
 from .records import Record, State
 
@@ -102,8 +101,7 @@ class _Trial:
 
 
 def _outbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[Check]:
-    captured, reason = _dns(record)
-    kinds = ("TCP", "DNS over UDP", "DNS over TCP") if captured else ("TCP",)
+    kinds = ("TCP", "DNS over UDP", "DNS over TCP") if record.options.dns else ("TCP",)
     trials = [_Trial(kind, family) for kind in kinds for family in families]
     made = [trial.name for trial in trials if not trial.left_out(record)]
     answers = _probe(netns, record.cgroup, made) if made else {}
@@ -112,18 +110,8 @@ def _outbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator
             yield _judged(trial.what, answers[trial.name] or "")
         else:
             yield Check(trial.left_out(record))
-    if reason:
-        yield Check(reason)
-
-
-def _dns(record: Record) -> tuple[bool, str]:
-    """Whether the pod's DNS is captured, and a line about it if it is not."""
     if not record.options.dns:
-        return False, "DNS is not captured, as the pod's options say, and was not tried"
-    if details_of(record).dns is None:
-        why = f"DNS is not captured with backend {record.backend}, and was not tried"
-        return False, f"{why}; for DNS enroll the pod with another backend"
-    return True, ""
+        yield Check("DNS is not captured, as the pod's options say, and was not tried")
 
 
 def _inbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[Check]:

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Final
 
 import click
 
+from pyambient.bench.intercept.settings import QUICK, WHOLE
+
 from .options import common_options, examples, require_root
 
-_BACKENDS: Final = ("bpf", "tc", "nftables", "iptables")
-_WORK: Final = ("connections", "ping-pong", "bulk", "dns", "held")
-_SIDES: Final = ("client", "server", "both", "others")
-_PROXIES: Final = ("null", "real")
 _PARTS: Final = ("traffic", "exclusions", "pods", "enrolment")
 _RESULTS: Final = Path("build/bench/intercept.json")
 _PAGE: Final = Path("build/bench/intercept.html")
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """How much of it: CIDRs, pods, the pods whose enrolment is timed, and how often."""
-
-    enrolled: tuple[str, ...]
-    proxies: tuple[str, ...]
-    excluded: tuple[int, ...]
-    pods: tuple[int, ...]
-    places: tuple[int, ...]
-    times: int
-    rounds: int
-    seconds: float
-
-
-_WHOLE: Final = _Scale(_SIDES, _PROXIES, (0, 100, 10_000), (1, 10, 100, 500), (1, 200), 100, 5, 1.0)
-_QUICK: Final = _Scale(("client",), _PROXIES[:1], (0, 100), (1, 4), (1, 4), 5, 1, 0.1)
 
 
 @click.group(
@@ -64,13 +44,13 @@ def command() -> None:
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(_BACKENDS),
+    type=click.Choice(WHOLE.backends),
     help="Only this one; may be repeated.  [default: all]",
 )
 @click.option(
     "--enrolled",
     multiple=True,
-    type=click.Choice(_SIDES),
+    type=click.Choice(WHOLE.enrolled),
     help="Whose pod is captured; may be repeated. With 'others' it is neither of the two that"
     " speak.  [default: each in turn]",
 )
@@ -78,16 +58,18 @@ def command() -> None:
     "--proxy",
     "proxies",
     multiple=True,
-    type=click.Choice(_PROXIES),
+    type=click.Choice(WHOLE.proxies),
     help="Who serves what is captured: a proxy that does next to nothing, or pyambient's own; may"
     " be repeated.  [default: both]",
 )
-@click.option("--work", multiple=True, type=click.Choice(_WORK), help="Only this; may be repeated.")
-@click.option("--rounds", type=click.IntRange(1), help=f"[default: {_WHOLE.rounds}]")
+@click.option(
+    "--work", multiple=True, type=click.Choice(WHOLE.work), help="Only this; may be repeated."
+)
+@click.option("--rounds", type=click.IntRange(1), help=f"[default: {WHOLE.rounds}]")
 @click.option(
     "--seconds",
     type=click.FloatRange(0.05),
-    help=f"Of each measurement.  [default: {_WHOLE.seconds:g}]",
+    help=f"Of each measurement.  [default: {WHOLE.seconds:g}]",
 )
 @click.option("--quick", is_flag=True, help="A little of everything, once: does it work?")
 @click.option("--add", is_flag=True, help="Keep what --out has, and add to it.")
@@ -124,21 +106,20 @@ def intercept(  # noqa: PLR0913 - an option each
     enrolment takes.
     """
     require_root("bench intercept")
-    from pyambient.bench.intercept.settings import Settings  # noqa: PLC0415 - not for --help
     from pyambient.bench.walls import run_apart  # noqa: PLC0415 - not for --help
 
-    scale = _QUICK if quick else _WHOLE
+    scale = QUICK if quick else WHOLE
     chosen = parts or _PARTS
-    settings = Settings(
+    settings = dataclasses.replace(
+        scale,
         out=str(out.absolute()),
-        backends=backends or _BACKENDS,
+        backends=backends or scale.backends,
         enrolled=enrolled or scale.enrolled,
         proxies=proxies or scale.proxies,
-        work=(work or _WORK) if "traffic" in chosen else (),
+        work=(work or scale.work) if "traffic" in chosen else (),
         excluded=scale.excluded if "exclusions" in chosen else (),
         pods=scale.pods if "pods" in chosen else (),
         places=scale.places if "enrolment" in chosen else (),
-        times=scale.times,
         rounds=rounds or scale.rounds,
         seconds=seconds or scale.seconds,
         add=add,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +44,30 @@ class Settings:
         values: dict[str, Any] = json.loads(text)
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         return cls(**{**values, **lists})
+
+
+WHOLE: Final = Settings(
+    out="",
+    backends=("bpf", "tc", "nftables", "iptables"),
+    enrolled=("client", "server", "both", "others"),
+    proxies=("null", "real"),
+    work=("connections", "ping-pong", "bulk", "dns", "held"),
+    excluded=(0, 100, 10_000),
+    pods=(1, 10, 100, 500),
+    places=(1, 200),
+    times=100,
+    rounds=5,
+    seconds=1.0,
+)
+# A little of everything.
+QUICK: Final = dataclasses.replace(
+    WHOLE,
+    enrolled=("client",),
+    proxies=("null",),
+    excluded=(0, 100),
+    pods=(1, 4),
+    places=(1, 4),
+    times=5,
+    rounds=1,
+    seconds=0.1,
+)
