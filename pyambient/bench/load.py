@@ -12,7 +12,6 @@ from pyambient.bench.rounds import Sample
 from pyambient.errors import PyambientError
 
 _HERE = Path(__file__).parent
-_COMMON = _HERE / "measure.h"
 _FLAGS = ("-O2", "-Wall", "-Wextra", "-Werror", f"-I{_HERE}")
 LOAD_SOURCE = _HERE / "load.c"
 
@@ -21,7 +20,7 @@ def build(directory: Path, source: Path = LOAD_SOURCE) -> Path:
     """Compile a C file that has its own name in `directory`; the path of the program."""
     program = directory / source.stem
     directory.mkdir(parents=True, exist_ok=True)
-    newest = max(file.stat().st_mtime for file in (source, _COMMON))
+    newest = max(file.stat().st_mtime for file in (source, *_HERE.glob("*.h")))
     if not program.exists() or program.stat().st_mtime < newest:
         subprocess.run(["cc", *_FLAGS, "-o", str(program), str(source)], check=True)
     return program
