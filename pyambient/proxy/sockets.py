@@ -121,10 +121,20 @@ class Stock:
         """A fresh non-blocking socket; OSError if none can be made."""
         made = self._made.get(family)
         if not made:
-            batch, self._batch = self._batch, 1
-            made = self._made[family] = self._netns.sockets(batch, family, self._kind)
-            self._batch = min(2 * batch, _STOCK_MAX)
+            made = self._made[family] = self._make(family)
         return made.pop()
+
+    def _make(self, family: int) -> list[socket.socket]:
+        """At least the one that is wanted, if there is a descriptor for one and not for all."""
+        batch, self._batch = self._batch, 1
+        try:
+            made = self._netns.sockets(batch, family, self._kind)
+        except OSError:
+            if batch == 1:
+                raise
+            return self._netns.sockets(1, family, self._kind)
+        self._batch = min(2 * batch, _STOCK_MAX)
+        return made
 
     def close(self) -> None:
         self._batch = 1

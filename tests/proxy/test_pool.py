@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
-
 from pyambient.hbone import ConnectRequest
 from pyambient.model.numbers import HBONE_PORT, MAX_STREAMS_OPENED
 from pyambient.proxy import pool as pool_module
 from tests.bed import apps
+from tests.bed.descriptors import descriptors_left
 
 from .rig import Asked, proxied, until
 
@@ -77,19 +74,6 @@ def test_a_failure_wakes_every_waiter_with_its_reason(bed, tmp_path):
     proxied(bed, tmp_path, test)
 
 
-@contextlib.contextmanager
-def no_descriptor_left():
-    """For the block this process can open nothing more, as if all it may have were in use."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_without_descriptors_every_waiter_is_told_and_the_pod_lives_on(bed, tmp_path):
     """No socket for a tunnel is a failure like others; the next connection gets its tunnel."""
     client, server = bed.pod("client"), bed.pod("server")
@@ -100,7 +84,7 @@ def test_without_descriptors_every_waiter_is_told_and_the_pod_lives_on(bed, tmp_
         (first,) = await asked(pool, key)
         pool.close("to have none")
         await first.tunnel.closed.wait()
-        with no_descriptor_left():
+        with descriptors_left(0):
             waiting = await asked(pool, key, 20)
         assert {one.failure for one in waiting} == {"connection failed: Too many open files"}
         (one,) = await asked(pool, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 
@@ -12,6 +13,7 @@ from pyambient.model.address import SocketAddress, from_sockaddr
 from pyambient.model.numbers import HBONE_PORT, PROXY_MARK
 from pyambient.proxy import sockets
 from pyambient.proxy.addresses import pod_addresses
+from tests.bed.descriptors import descriptors_left
 
 SO_MARK = 36
 
@@ -102,6 +104,21 @@ def test_without_a_source_port_the_connection_fails_and_leaks_no_socket(bed, mon
         with pytest.raises(OSError, match="no source port is free") as failure:
             sockets.towards_app(sockets.Stock(pod.netns), client, app)
     assert failure.value.errno == errno.EADDRNOTAVAIL
+
+
+def test_a_stock_gives_what_there_are_descriptors_for(bed):
+    """It makes one, two and then four at once; two descriptors are for one and the way there."""
+    pod = bed.pod("a")
+    stock = sockets.Stock(pod.netns)
+    with contextlib.ExitStack() as held:
+        held.callback(stock.close)
+        for _ in range(3):
+            held.enter_context(stock.take(socket.AF_INET))
+        with descriptors_left(2):
+            held.enter_context(stock.take(socket.AF_INET))
+            with pytest.raises(OSError, match="Too many open files"):
+                stock.take(socket.AF_INET)
+        held.enter_context(stock.take(socket.AF_INET))
 
 
 def test_the_original_destination_is_the_sockets_own_address_unless_netfilter_changed_it(bed):
