@@ -1,4 +1,4 @@
-"""Which BPF programs are attached (the one question of the bed to bpf(2)) and what is pinned."""
+"""What the bed asks of bpf(2): which programs are attached, what is pinned, a run of a program."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Final
 
 # Number of bpf(2) by machine; linux/bpf.h for the rest.
 SYSCALL_NUMBER: Final = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+_PROG_TEST_RUN: Final = 10
 _PROG_QUERY: Final = 16
 
 # enum bpf_attach_type: all of a cgroup (the unix socket ones came with Linux 6.7), all of a netns.
@@ -49,6 +50,27 @@ def _count(target: int, kind: int) -> int:
         raise OSError(code, f"BPF_PROG_QUERY: {os.strerror(code)}")
     (count,) = struct.unpack_from("=I", attributes.raw, 24)
     return int(count)
+
+
+def run_program(fd: int, *, data: bytes = b"", context: bytes = b"") -> tuple[int, bytes]:
+    """What a loaded program returns for this packet or context, and the context afterwards.
+
+    The packet has an Ethernet header (BPF_PROG_TEST_RUN; of sk_lookup since Linux 5.16).
+    """
+    packet, ctx = ctypes.create_string_buffer(data), ctypes.create_string_buffer(context)
+    after = ctypes.create_string_buffer(len(context) or 1)
+    sources = (ctypes.addressof(packet) if data else 0, 0)
+    contexts = (ctypes.addressof(ctx), ctypes.addressof(after)) if context else (0, 0)
+    # union bpf_attr's test: prog_fd, retval, the sizes of data in and out, data in and out,
+    # repeat, duration, the sizes of the context in and out, the context in and out.
+    sizes, context_sizes = (len(data), 0), (len(context), len(context))
+    fields = (fd, 0, *sizes, *sources, 1, 0, *context_sizes, *contexts)
+    attributes = ctypes.create_string_buffer(struct.pack("=IIIIQQIIIIQQ", *fields), 80)
+    if _libc.syscall(SYSCALL_NUMBER, _PROG_TEST_RUN, attributes, 80):
+        code = ctypes.get_errno()
+        raise OSError(code, f"BPF_PROG_TEST_RUN: {os.strerror(code)}")
+    (returned,) = struct.unpack_from("=i", attributes.raw, 4)
+    return int(returned), after.raw[: len(context)]
 
 
 def pins() -> list[str]:
