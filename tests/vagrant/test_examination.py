@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vagrant.testbed.examination import BACKENDS, Outcome, Step, examine, steps
+from vagrant.testbed.examination import Outcome, Step, examine, steps
+from vagrant.testbed.selection import BACKENDS, Extent
 
 _UNLUCKY = """
 from pathlib import Path
@@ -57,11 +58,11 @@ def test_many_failures_are_no_bad_luck(step: Step) -> None:
     assert not Path("tests-bpf-again.log").exists()
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["all", "quick"])
+@pytest.mark.parametrize("extent", Extent)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_tests_of_a_step_are_there(backend: str, *, quick: bool) -> None:
+def test_the_tests_of_a_step_are_there(backend: str, extent: Extent) -> None:
     """A test that moved to another file would otherwise be missed in a guest only."""
-    step = next(steps([backend], has_bpf=True, quick=quick))
+    step = next(steps([backend], has_bpf=True, extent=extent))
     collect = [*step.command, "--collect-only", "-p", "no:cacheprovider"]
     done = subprocess.run(collect, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

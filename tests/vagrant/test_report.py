@@ -10,6 +10,7 @@ import pytest
 
 from vagrant.testbed.examination import FALLBACK, Outcome, steps
 from vagrant.testbed.report import Cell, Examined, columns, document, table
+from vagrant.testbed.selection import Extent
 
 _LACKING = {"group": "bpf", "name": "bpf(2)", "present": False, "needed": True}
 _CHECK = {
@@ -102,17 +103,17 @@ def test_the_table_and_the_page() -> None:
 @pytest.mark.parametrize(("has_bpf", "denied"), [(True, True), (False, False)])
 def test_the_fallback_is_examined_everywhere(*, has_bpf: bool, denied: bool) -> None:
     """Every examination ends with --backend auto without bpf(2), denied where there is one."""
-    *_, last = steps(["iptables"], has_bpf=has_bpf)
+    *_, last = steps(["iptables"], has_bpf=has_bpf, extent=Extent.CORE)
 
     assert last.backend == FALLBACK
     assert ("--without-bpf" in last.command) == denied
 
 
-def test_a_quick_examination_sees_two_demos() -> None:
+def test_the_core_has_two_demos() -> None:
     """Every backend is tested, but the demo is what `auto` takes with bpf(2) and without."""
-    quick = steps(["bpf", "nftables", "iptables"], has_bpf=True, quick=True)
+    core = steps(["bpf", "nftables", "iptables"], has_bpf=True, extent=Extent.CORE)
 
-    assert [(step.backend, step.what) for step in quick] == [
+    assert [(step.backend, step.what) for step in core] == [
         ("bpf", "tests"),
         ("bpf", "demo"),
         ("nftables", "tests"),

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-BACKENDS = ("bpf", "tc", "nftables", "iptables")
+from .selection import BACKENDS, Extent, arguments
+
 FALLBACK = "fallback"
 # An emulated CPU is 10 to 20 times slower than the one the tests' own limits were chosen for.
 # Waiting ends when the awaited thing is there: patience costs a failure time, and nothing else.
@@ -27,44 +28,6 @@ _STEP_SECONDS = 3600
 _LINES_OF_A_FAILURE = 60
 # Fewer than --maxfail, so that all others did run.
 _MOST_TRIED_AGAIN = 2
-_TESTS = ("tests/intercept", "tests/integration")
-_ELSEWHERE = (
-    # The compilers stay on the host, and so do the tests that compile programs for themselves.
-    "tests/intercept/test_bpf_loader.py",
-    "tests/intercept/test_bcc_loader.py",
-    # What the proxy does with a connection once it has it is the same on every kernel.
-    "tests/integration/test_interop.py",
-    "tests/integration/test_policy.py",
-    "tests/integration/test_security.py",
-)
-
-# The parameter, or the module; without what is around it, "tc" is in tcp and in match as well.
-_TC = "([tc- or -tc- or -tc] or [tc] or test_tc.py or test_tc_dns.py or test_tc_forwarded.py)"
-_SELECTION = {
-    "bpf": f"bpf and not foreign and not {_TC}",
-    "tc": _TC,
-    "nftables": f"nftables and not bpf and not {_TC}",
-    "iptables": f"not bpf and not nftables and not {_TC}",
-}
-# An emulated second is dear, and half a minute of them go into an enrolment, which a module shares:
-# what both families and every kind of traffic do in one, without a thousand connections and one
-# test per port. BPF programs depend on the kernel most of all: bypasses, DNS, exclusions as well.
-_QUICK_TESTS = {
-    "bpf": (
-        "tests/integration/test_capture.py",
-        "tests/integration/test_bypass.py",
-        "tests/intercept/test_dns_queries.py::test_two_resolvers_on_one_socket",
-        "tests/intercept/test_exclusions.py::test_a_port_is_excluded",
-    ),
-    "tc": (
-        "tests/integration/test_capture.py",
-        "tests/intercept/test_dns_queries.py::test_two_resolvers_on_one_socket",
-    ),
-    "nftables": ("tests/integration/test_capture.py",),
-    "iptables": ("tests/integration/test_capture.py",),
-}
-# "Linux": the fixture that makes a later kernel look as 5.10 does.
-_QUICK = "not thousand and not nobody_takes and not Linux"
 
 
 @dataclass(frozen=True)
@@ -97,31 +60,25 @@ class Outcome:
     again: int = 0
 
 
-def steps(backends: Sequence[str], *, has_bpf: bool, quick: bool = False) -> Iterator[Step]:
+def steps(backends: Sequence[str], *, has_bpf: bool, extent: Extent) -> Iterator[Step]:
     """What to do on a kernel where `check` says that these backends work.
 
-    `fallback` is `--backend auto` without bpf(2): denied by seccomp, where the kernel has it. A
-    quick examination has two demos, or one: what `auto` takes with bpf(2) and without.
+    `fallback` is `--backend auto` without bpf(2): denied by seccomp, where the kernel has it. The
+    core has two demos, or one: what `auto` takes with bpf(2) and without.
     """
     python = (sys.executable, "-m")
     for backend in backends:
-        yield Step(backend, "tests", (*python, *_pytest(backend, quick=quick)))
-        if not quick or backend == "bpf":
+        yield Step(backend, "tests", (*python, *_pytest(backend, extent)))
+        if extent is not Extent.CORE or backend == "bpf":
             yield Step(backend, "demo", (*python, "examples.demo", "--backend", backend))
     deny = ("--without-bpf",) if has_bpf else ()
     yield Step(FALLBACK, "demo", (*python, "examples.demo", "--backend", "auto", *deny))
 
 
-def _pytest(backend: str, *, quick: bool) -> list[str]:
-    """Tests carry the backend they are for in their name; what is for none goes with iptables."""
-    which = _SELECTION[backend]
-    tests: tuple[str, ...] = _TESTS
-    if quick:
-        which, tests = f"{which} and {_QUICK}", ("--maxfail=3", *_QUICK_TESTS[backend])
+def _pytest(backend: str, extent: Extent) -> list[str]:
     limits = ["-o", "timeout=1800", "-o", "faulthandler_timeout=1700", "--tb=short"]
     report = f"--junitxml={_results() / f'tests-{backend}.xml'}"
-    ignored = [f"--ignore={path}" for path in _ELSEWHERE]
-    return ["pytest", "-q", *limits, report, *ignored, "-k", which, *tests]
+    return ["pytest", "-q", *limits, report, *arguments(backend, extent)]
 
 
 def _results() -> Path:
@@ -183,7 +140,7 @@ def _counts(report: Path) -> dict[str, int]:
     return {"passed": passed, "failed": failed, "skipped": skipped}
 
 
-def main(*, quick: bool) -> int:
+def main(extent: Extent) -> int:
     """Examine this kernel; 0 if every step went well."""
     check = subprocess.run(
         [sys.executable, "-m", "pyambient", "check", "--output=json"],
@@ -196,7 +153,7 @@ def main(*, quick: bool) -> int:
     sys.stdout.write(check.stderr)
     works = json.loads(check.stdout or "{}").get("backends", {})
     usable = [name for name in BACKENDS if works.get(name)]
-    plan = list(steps(usable, has_bpf=_has_bpf(), quick=quick))
+    plan = list(steps(usable, has_bpf=_has_bpf(), extent=extent))
     (_results() / "plan.json").write_text(json.dumps([(step.backend, step.what) for step in plan]))
     outcomes: list[Outcome] = []
     for step in plan:
@@ -233,4 +190,4 @@ def told(outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(quick="--quick" in sys.argv[1:]))
+    sys.exit(main(Extent(sys.argv[1])))

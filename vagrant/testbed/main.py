@@ -14,6 +14,7 @@ from . import cache, checkout, kernels, machine, matrix
 from .box import box
 from .errors import BedError
 from .guest import guest
+from .selection import Extent
 
 _FAILED = 125  # as env(1) and timeout(1) have it: we failed, not the command
 _TIMED_OUT = 124
@@ -118,9 +119,10 @@ def _check_names(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 def examine(arguments: Sequence[str] | None = None) -> int:
     """`make test-kernels`: the interception tests on every kernel."""
     parser = argparse.ArgumentParser(prog="vagrant/test-kernels")
-    parser.add_argument("--quick", action="store_true", help="a part of the tests")
+    parser.add_argument("--all", action="store_true", help="every test: hours, emulated")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="default: all")
     options = parser.parse_args(arguments)
     _check_names(parser, options.kernels)
     names = options.kernels or kernels.NAMES
-    return _guarded("test-kernels", lambda: matrix.examine(names, quick=options.quick))
+    extent = Extent.ALL if options.all else Extent.CORE
+    return _guarded("test-kernels", lambda: matrix.examine(names, extent))

@@ -14,6 +14,7 @@ from typing import IO
 from . import kernels
 from .checkout import ROOT
 from .report import Cell, Examined, columns, document, table
+from .selection import Extent
 
 RESULTS = ROOT / "build/kernels"
 _DOCUMENT = ROOT / "docs/kernels.md"
@@ -43,12 +44,12 @@ class _Guest:
             print(f"{self.kernel:>5}  {line.decode(errors='replace').rstrip()}", flush=True)
 
 
-def examine(names: Sequence[str], *, quick: bool = False) -> int:
+def examine(names: Sequence[str], extent: Extent) -> int:
     """Examine these kernels; 0 if every cell that should work does."""
     kernels.build(names)
     for name in names:
         shutil.rmtree(RESULTS / name, ignore_errors=True)
-    _run_all(names, (*_EXAMINATION, "--quick") if quick else _EXAMINATION)
+    _run_all(names, (*_EXAMINATION, extent))
     examined = [Examined.read(name, RESULTS / name) for name in names]
     cells = {one.kernel: _cells(one, columns(examined)) for one in examined}
     print(f"\n{table(cells)}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .examination import BACKENDS, FALLBACK, Outcome
+from .examination import FALLBACK, Outcome
+from .selection import BACKENDS
 
 
 def columns(examined: Sequence[Examined]) -> list[str]:
