@@ -22,6 +22,7 @@ import trio
 from pyambient.bench.pods import Placement
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
+from pyambient.engine.scheduling import SLICE, shorten_slices
 from pyambient.errors import PyambientError
 from pyambient.hbone import LocalSettings
 from pyambient.identity.ca import EmbeddedAuthority
@@ -57,6 +58,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
         for pod in settings["pods"]:
             await _serve(pods, pod)
         calm()
+        shorten_slices(SLICE)
         sys.stdout.write(_READY)
         sys.stdout.flush()
         with trio.open_signal_receiver(signal.SIGTERM) as signals:

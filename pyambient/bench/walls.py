@@ -27,6 +27,7 @@ _WALLS = (
 _INSIDE = "--inside"
 _PATIENCE = 5.0
 _FIRST = -20
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def run_apart(module: str, arguments: Sequence[str]) -> int:
@@ -48,6 +49,10 @@ def settle_inside() -> None:
     And a claim to the CPU before all else that runs on the machine, for all that it starts.
     """
     os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
+    # Where sessions share the CPU as groups (CONFIG_SCHED_AUTOGROUP), what one may have of it is
+    # up to the group's own nice value.
+    if _AUTOGROUP.exists():
+        _AUTOGROUP.write_text(str(_FIRST))
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
     if Path("/sys/fs/bpf").is_dir():
         subprocess.run(["mount", "-t", "bpf", "bpf", "/sys/fs/bpf"], check=True)

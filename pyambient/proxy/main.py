@@ -12,6 +12,7 @@ import trio
 
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
+from pyambient.engine.scheduling import SLICE, shorten_slices
 from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.store import CertificateStore
 from pyambient.mesh.localfile import follow
@@ -83,6 +84,7 @@ async def _main(settings: ProxySettings, loop: Loop, sink: LineSink) -> None:
         await nursery.start(serve_details, settings.run_dir / "details.sock", pods)
         await nursery.start(serve_zds, settings.run_dir / "zds.sock", pods)
         calm()
+        shorten_slices(SLICE)
         _log.info("proxy ready", trust_domain=settings.trust_domain)
         await _wait_for_signal()
         _log.info("draining", seconds=settings.drain_timeout)
