@@ -121,10 +121,17 @@ class KernelObject:
 class Map(KernelObject):
     """A BPF map; keys and values are packed bytes."""
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str = "") -> None:
+        """Take over `fd`, also if it is no map; without a `name` it is the one it was made with."""
         super().__init__(fd, name)
-        fields = struct.unpack_from("=6I", _info(fd))
+        try:
+            info = _info(fd)
+        except BaseException:
+            self.close()
+            raise
+        fields = struct.unpack_from("=6I", info)
         self.kind, self.identifier, self.key_size, self.value_size, self.max_entries, _ = fields
+        self.name = name or info[24:40].partition(b"\0")[0].decode(errors="replace")
 
     @classmethod
     def create(
@@ -138,8 +145,7 @@ class Map(KernelObject):
     @classmethod
     def open_by_identifier(cls, identifier: int) -> Self:
         """The map with this id, under the name it was made with."""
-        fd = libbpf.call("bpf_map_get_fd_by_id", identifier)
-        return cls(fd, _info(fd)[24:40].partition(b"\0")[0].decode(errors="replace"))
+        return cls(libbpf.call("bpf_map_get_fd_by_id", identifier))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from pathlib import Path
@@ -152,3 +153,12 @@ def test_the_header_says_the_same_as_the_model() -> None:
         "MARK_MASK",
     ):
         assert found[name] == getattr(numbers, name)
+
+
+def test_what_is_no_map_is_closed(isolated: None) -> None:
+    """The descriptor is the map's from the first moment on: it was left open when asking failed."""
+    descriptor = os.memfd_create("no map")
+    with pytest.raises(OSError, match="bpf_obj_get_info_by_fd"):
+        Map(descriptor, "no map")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
