@@ -109,7 +109,7 @@ def _missing_capabilities() -> list[str]:
 
 
 def _bpf(cgroup: Path | None) -> Iterator[Finding]:
-    from pyambient.intercept.mounts import ensure_bpffs  # noqa: PLC0415 - not for --help
+    from pyambient.intercept.mounts import try_bpffs  # noqa: PLC0415 - not for --help
     from pyambient.intercept.probe import probe  # noqa: PLC0415 - not for --help
 
     for backend in ("bpf", "tc"):
@@ -123,7 +123,7 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
                 feature.error,
                 f"instead: {feature.instead}",
             )
-        yield _attempt(backend, "bpffs", lambda: ensure_bpffs(AgentSettings().bpffs))
+        yield _attempt(backend, "bpffs", partial(try_bpffs, AgentSettings().bpffs))
     yield from _foreign(cgroup)
     bcc = _attempt("bpf", "bcc and kernel headers, for --bpf-loader bcc", _compile_by_bcc)
     yield dataclasses.replace(bcc, needed=False)

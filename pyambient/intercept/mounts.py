@@ -6,8 +6,11 @@ path is taken for granted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -51,10 +54,22 @@ def ensure_bpffs(directory: Path) -> None:
 
     The mount stays: other programs may pin below it by then.
     """
+    with _mounted_for(directory):
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def try_bpffs(directory: Path) -> None:
+    """Find out whether `ensure_bpffs` would do, beside `directory`: an agent may be using that."""
+    with _mounted_for(directory):
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name).cleanup()
+
+
+@contextlib.contextmanager
+def _mounted_for(directory: Path) -> Iterator[None]:
     try:
         if not is_on(directory, "bpf"):
             _mount_bpffs(directory.parent)
-        directory.mkdir(mode=0o700, exist_ok=True)
+        yield
     except OSError as error:
         raise PyambientError(
             f"there is no BPF file system for {directory}: {error.strerror}",

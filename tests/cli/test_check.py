@@ -14,6 +14,7 @@ from pyambient.cli import check
 from pyambient.cli.main import cli
 from pyambient.errors import PyambientError
 from tests.bed import CgroupTree
+from tests.bed.bpf import pins
 from tests.bed.seccomp import noattach, nobpf
 
 _BACKENDS = ("bpf", "tc", "nftables", "iptables")
@@ -36,6 +37,13 @@ def test_here_every_backend_works(words: list[str], cgroup_tree: CgroupTree) -> 
     assert all(line.startswith("  ✔ ") for line in lines[:-1] if line not in headers)
     assert "  ✔ sk_lookup (Linux 5.9)" in lines
     assert cgroup_tree.directories() == before
+
+
+def test_it_leaves_no_directory_on_bpffs(words: list[str]) -> None:
+    """What an agent would pin there is tried beside its directory, which was left empty."""
+    before = pins()
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert pins() == before
 
 
 def test_the_json_twin(words: list[str]) -> None:
