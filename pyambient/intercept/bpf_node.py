@@ -23,6 +23,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import functools
 import os
 import time
 import urllib.parse
@@ -351,23 +352,43 @@ def _pinned_identifiers(directory: Path) -> dict[str, int]:
         return {m.name: stack.enter_context(m).identifier for m in _pinned_maps(directory)}
 
 
-def _maps_of(directory: Path, hook: Hook) -> tuple[int, ...]:
-    """The ids of the maps of the program that runs for a hook; none where it is not attached."""
+def _program_of(directory: Path, hook: Hook) -> int:
+    """The id of the program that runs for a hook; 0 where it is not attached."""
     link = Link.open_pinned(directory / hook.pin)
     if link is None:
-        return ()
+        return 0
     with link:
-        program = program_info(link.info().program)
-    return program.maps if program else ()
+        return link.info().program
+
+
+def uses_pinned_maps(bpffs: Path, program: int) -> bool:
+    """Whether a program works with the maps of the node that are pinned now, not with others."""
+    for name, identifier in _node_maps_of(program):
+        pinned = node_map(bpffs, name)
+        if pinned is None:
+            return False
+        with pinned:
+            if pinned.identifier != identifier:
+                return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _node_maps_of(program: int) -> tuple[tuple[str, int], ...]:
+    """Name and id of the node's maps that a program uses, which are always the same ones."""
+    info = program_info(program)
+    found = []
+    for identifier in info.maps if info else ():
+        with Map.open_by_identifier(identifier) as held:
+            if held.name in _ALL_MAPS:
+                found.append((held.name, identifier))
+    return tuple(found)
 
 
 def _uses(directory: Path, hook: Hook, pinned: dict[str, int]) -> bool:
     """Whether a hook's program works with the maps that are pinned, not with others."""
-    for identifier in _maps_of(directory, hook):
-        with Map.open_by_identifier(identifier) as held:
-            if held.name in _ALL_MAPS and pinned.get(held.name) != identifier:
-                return False
-    return True
+    program = _program_of(directory, hook)
+    return all(pinned.get(name) == identifier for name, identifier in _node_maps_of(program))
 
 
 def _pin_used_maps(directory: Path) -> None:
@@ -377,11 +398,11 @@ def _pin_used_maps(directory: Path) -> None:
     """
     done: set[str] = set()
     for hook in _ALL_HOOKS:
-        for identifier in _maps_of(directory, hook):
-            with Map.open_by_identifier(identifier) as held:
-                if held.name in _ALL_MAPS and held.name not in done:
-                    done.add(held.name)
-                    _pin_instead(held, directory / held.name)
+        for name, identifier in _node_maps_of(_program_of(directory, hook)):
+            if name not in done:
+                done.add(name)
+                with Map.open_by_identifier(identifier) as held:
+                    _pin_instead(held, directory / name)
 
 
 def _pin_instead(used: Map, path: Path) -> None:

@@ -38,10 +38,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from pyambient.netns import Netns
 
-from . import libbpf
-from .bpf_node import PROGRAM_PREFIX, detach_pinned, pod_directory
+from . import libbpf, lo_filter
+from .bpf_node import PROGRAM_PREFIX, detach_pinned, pod_directory, uses_pinned_maps
 from .interface import Pod, Stage
-from .kernel_objects import AttachType, Link, LinkInfo, program_info
+from .kernel_objects import AttachType, Link, program_info
 from .loader import LoadedObject
 from .rtnetlink import request, routing
 
@@ -55,6 +55,7 @@ _BYSTANDER: Final = f"{PROGRAM_PREFIX}bystand"
 # r0 = TCX_NEXT (-1); exit
 _PASS: Final = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
 _GONE: Final = frozenset((errno.ENOENT, errno.ENODEV, errno.EINVAL))
+_LONGEST_NAME: Final = 15
 
 
 class Direction(enum.Enum):
@@ -109,23 +110,24 @@ class DeviceProgram(ABC):
         if self.missing(pod) is None:
             return self
         index = self._current_index(pod)
-        reserved = self._reserved(pod, index)
-        if reserved is None:
+        held = self._held(pod, index)
+        if held is None:
             self.undo(pod)
         try:
-            return self._attached(pod, index, reserved)
+            return self._attached(pod, index, held)
         except BaseException:
-            self._pin(pod).unlink(missing_ok=True)
+            if held is None:
+                self._pin(pod).unlink(missing_ok=True)
             raise
         finally:
-            if reserved is not None:
-                reserved.close()
+            if held is not None:
+                held.close()
 
-    def _attached(self, pod: Pod, index: int, reserved: Link | None) -> Self:
+    def _attached(self, pod: Pod, index: int, held: Link | None) -> Self:
         with self.load(pod) as loaded:
             program = loaded.program_fd(self.place.program)
-            if reserved is not None:
-                reserved.update(program)
+            if held is not None:
+                held.update(program)
             elif not self._link(pod, program, index):
                 made = add_filter(self._netns(pod), index, self.place, program)
                 return dataclasses.replace(self, index=index, by_filter=True, made_qdisc=made)
@@ -141,13 +143,12 @@ class DeviceProgram(ABC):
         finally:
             os.close(program)
 
-    def _reserved(self, pod: Pod, index: int) -> Link | None:
-        """The link that holds the place on this very device."""
+    def _held(self, pod: Pod, index: int) -> Link | None:
+        """The link that holds the place on this very device, whatever runs there."""
         link = Link.open_pinned(self._pin(pod))
         if link is None:
             return None
-        info = link.info()
-        if info.target == index and _runs(info, _BYSTANDER):
+        if link.info().target == index:
             return link
         link.close()
         return None
@@ -161,18 +162,24 @@ class DeviceProgram(ABC):
     def missing(self, pod: Pod) -> str | None:
         if self._current_index(pod) != self.index:
             return f"{self.device} is another device now"
+        name, program = self.place.name, self._running(pod)
+        if program is None or not _is(program, self.place.program):
+            return f"no {name} on {self.device}"
+        used = uses_pinned_maps(Path(self.bpffs), program)
+        return None if used else f"the {name} on {self.device} uses maps that are gone"
+
+    def _running(self, pod: Pod) -> int | None:
+        """The id of the program in our place of the device."""
         if self.by_filter:
+            egress = self.place.direction is Direction.EGRESS
             netns = self._netns(pod)
-            there = self.place.program in _filters(netns, self.index, self.place.direction)
-            return None if there else f"no {self.place.name} on {self.device}"
+            return lo_filter.program_at(netns, self.index, self.place.rank, egress=egress)
         link = Link.open_pinned(self._pin(pod))
         if link is None:
-            return f"no {self.place.name} on {self.device}"
+            return None
         with link:
             info = link.info()
-        if info.target != self.index:
-            return f"the {self.place.name} has lost {self.device}"
-        return f"no {self.place.name} on {self.device}" if _runs(info, _BYSTANDER) else None
+        return info.program if info.target == self.index else None
 
     def _link(self, pod: Pod, program: int, index: int) -> bool:
         """Attach by tcx; False where this kernel has none."""
@@ -227,9 +234,10 @@ def _bystander() -> int:
     )
 
 
-def _runs(link: LinkInfo, name: str) -> bool:
-    program = program_info(link.program)
-    return program is not None and program.name == name
+def _is(program: int, name: str) -> bool:
+    """Whether a program, by its id, has this name, of which the kernel keeps 15 characters."""
+    info = program_info(program)
+    return info is not None and info.name == name[:_LONGEST_NAME]
 
 
 def add_filter(netns: Netns, index: int, place: DevicePlace, program: int) -> bool:

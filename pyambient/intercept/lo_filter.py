@@ -20,7 +20,7 @@ from . import libbpf
 from .rtnetlink import routing
 
 _LOOPBACK_IFINDEX: Final = 1
-_INGRESS: Final = 1
+_INGRESS, _EGRESS = 1, 2
 _BOTH_DIRECTIONS: Final = 3
 _REPLACE: Final = 1
 # First in the row: a filter before it could decide, and end the row.
@@ -53,12 +53,12 @@ class _Options(ctypes.Structure):
     )
 
 
-def _hook(attach_point: int = _INGRESS) -> _Hook:
-    return _Hook(ctypes.sizeof(_Hook), _LOOPBACK_IFINDEX, attach_point, 0)
+def _hook(attach_point: int = _INGRESS, device: int = _LOOPBACK_IFINDEX) -> _Hook:
+    return _Hook(ctypes.sizeof(_Hook), device, attach_point, 0)
 
 
-def _options(program: int = 0, flags: int = 0) -> _Options:
-    return _Options(ctypes.sizeof(_Options), program, flags, 0, _HANDLE, _PRIORITY)
+def _options(program: int = 0, flags: int = 0, priority: int = _PRIORITY) -> _Options:
+    return _Options(ctypes.sizeof(_Options), program, flags, 0, _HANDLE, priority)
 
 
 def _call(netns: Netns, function: str, *arguments: ctypes.Structure) -> None:
@@ -91,9 +91,14 @@ def attach(netns: Netns, program: int) -> None:
 
 def attached(netns: Netns) -> int | None:
     """The id of the program in our place, or None."""
-    found = _options()
+    return program_at(netns, _LOOPBACK_IFINDEX, _PRIORITY)
+
+
+def program_at(netns: Netns, device: int, priority: int, *, egress: bool = False) -> int | None:
+    """The id of the program with our handle in such a place of a device, or None."""
+    found = _options(priority=priority)
     with _absence_is_fine():
-        _call(netns, "bpf_tc_query", _hook(), found)
+        _call(netns, "bpf_tc_query", _hook(_EGRESS if egress else _INGRESS, device), found)
     return found.prog_id or None
 
 

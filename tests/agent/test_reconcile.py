@@ -179,6 +179,19 @@ def test_all_pins_are_gone(rig: Rig) -> None:
     rig.wait_until(lambda: [_problems(rig, pod) for pod in (one, two)] == [[], []])
 
 
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("bpf", "bpf-guard"), ("tc", "bpf-guard"), ("tc", "tc-redirect"), ("tc", "tc-arrival")],
+)
+def test_programs_of_devices_keep_no_map_that_is_gone(rig: Rig, backend: str, kind: str) -> None:
+    """Without the node's pins its maps are made anew; the guard went on asking the former."""
+    one, two = _pods(rig, backend)
+    for pin in (_BPFFS / "node").iterdir():
+        pin.unlink()
+    rig.wait_until(lambda: all(_repairs(rig, pod.name).get(kind) for pod in (one, two)))
+    rig.wait_until(lambda: [_problems(rig, pod) for pod in (one, two)] == [[], []])
+
+
 def test_the_listener_for_dns_is_put_back_as_well(rig: Rig) -> None:
     """It was the one that nobody missed: DNS over TCP was refused until the proxy was restarted."""
     one, two = _pods(rig, "bpf")

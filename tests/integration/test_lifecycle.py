@@ -119,6 +119,24 @@ def test_without_its_proxy_a_pod_is_closed(strangers: Pair, echo: Child, family:
     )
 
 
+@pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module")
+def test_programs_of_the_node_that_are_gone_are_made_anew(
+    strangers: Pair, echo: Child, family: str
+) -> None:
+    """Whoever removed their pins: nothing gets past the guards, then the proxy is known again."""
+    client, server = strangers.client, strangers.server
+    there = SocketAddress(server.address(family), 8080)
+    strangers.enroll()
+    options = ClientOptions(timeout=1)
+    with capturing(client) as capture:
+        for pin in Path("/sys/fs/bpf/pyambient/node").iterdir():
+            pin.unlink()
+        strangers.mesh.wait_until(
+            lambda: client.run(apps.request, there, _MARKER, options).data == _MARKER, "answer"
+        )
+    assert_all_tunnelled(capture, client, server, _MARKER)
+
+
 def test_a_pod_is_freed_without_an_agent(strangers: Pair, echo: Child) -> None:
     """`unenroll` needs nobody's help: the record says what to undo."""
     pods = (strangers.client, strangers.server)
