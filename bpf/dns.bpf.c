@@ -48,9 +48,9 @@ static __always_inline int is_link_local(const __u32 *ip)
 
 static __always_inline int is_same(const struct resolver *one, const struct resolver *other)
 {
-	return one->ip[0] == other->ip[0] && one->ip[1] == other->ip[1] &&
-	       one->ip[2] == other->ip[2] && one->ip[3] == other->ip[3] &&
-	       one->scope == other->scope;
+	return !((one->ip[0] ^ other->ip[0]) | (one->ip[1] ^ other->ip[1]) |
+		 (one->ip[2] ^ other->ip[2]) | (one->ip[3] ^ other->ip[3]) |
+		 (one->scope ^ other->scope));
 }
 
 static __always_inline __u32 hash(const struct resolver *resolver)
