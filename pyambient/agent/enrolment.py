@@ -374,7 +374,8 @@ class Enrolments:
 
     async def leaks(self, enrolled: Enrolled) -> dict[str, Any] | None:
         """What the pod's guards saw, as JSON values; None where it has none."""
-        return await self._kernel.run(describe_leaks, enrolled.record, enrolled.leaks)
+        args = (enrolled.record, enrolled.netns, enrolled.leaks)
+        return await self._kernel.run(describe_leaks, *args)
 
     async def _repair(self, enrolled: Enrolled) -> None:
         repairs = await self._refresh(enrolled)

@@ -16,6 +16,7 @@ from pyambient.intercept import explain as interception
 from pyambient.intercept.bpf_steps import CapturedDevice, OwnAddress
 from pyambient.intercept.egress_guard import EgressGuard
 from pyambient.intercept.explain import Interception
+from pyambient.intercept.fence import Fence
 from pyambient.intercept.fib import Route, Rule, SlotRoute
 from pyambient.intercept.interface import Pod, Step
 from pyambient.intercept.listeners import ProxyListeners, listening
@@ -102,6 +103,7 @@ def observe(record: Record, netns: Netns) -> Interception:
         details_of(record).dns is not None,
         _capturing_devices(steps),
         frozenset(s.device for s in steps if isinstance(s, EgressGuard) and not s.counts_only),
+        any(isinstance(s, Fence) and not s.counts_only for s in steps),
         _routed(steps),
         _listeners(steps, netns),
     )
@@ -109,7 +111,7 @@ def observe(record: Record, netns: Netns) -> Interception:
 
 def _gone(pod: Pod, steps: Iterable[Step]) -> frozenset[Step]:
     """What is not in place any more of all that is asked for below."""
-    asked = [s for s in steps if _delivers(s) or isinstance(s, Redirect | EgressGuard)]
+    asked = [s for s in steps if _delivers(s) or isinstance(s, Redirect | EgressGuard | Fence)]
     return frozenset(step for step, _ in lost(pod, asked))
 
 

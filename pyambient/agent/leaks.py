@@ -6,12 +6,14 @@ A pod that does so all the time gets a line a round, however much it is.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from pyambient.intercept.egress_guard import EgressGuard
+from pyambient.intercept.fence import Fence
 from pyambient.intercept.guard_maps import Drops, read_drops
 from pyambient.intercept.observations import NOTHING, Observations, holders, observations
 from pyambient.netns import Netns
@@ -22,6 +24,8 @@ from .records import Record
 _SHOWN: Final = 3
 _PACKET_SOCKET: Final = "packet socket"
 _XDP_SOCKET: Final = "AF_XDP socket"
+# Beside the guards' own reasons: it was to leave by a device that had no guard yet.
+_UNGUARDED: Final = "unguarded"
 _log = get_logger("guard")
 
 
@@ -40,21 +44,25 @@ class Leaks:
 
 def look_for_leaks(record: Record, netns: Netns, known: Leaks) -> None:
     """Log what is new since the last look, and note it in `known`."""
-    drops = _drops(record)
+    drops = _drops(record, netns)
     if drops is not None:
         _note_drops(record, drops, known)
         _note_senders(record, netns, known)
 
 
-def describe_leaks(record: Record, known: Leaks) -> dict[str, Any] | None:
+def describe_leaks(record: Record, netns: Netns | None, known: Leaks) -> dict[str, Any] | None:
     """What to show of the pod, as JSON values; None where nothing guards it."""
-    drops = _drops(record)
+    drops = _drops(record, netns)
     return None if drops is None else {**drops.to_json(), "bypasses": dict(known.bypasses)}
 
 
-def _drops(record: Record) -> Drops | None:
+def _drops(record: Record, netns: Netns | None) -> Drops | None:
     guards = [step for step in record.steps if isinstance(step, EgressGuard)]
-    return read_drops(Path(guards[0].bpffs), record.pod.uid) if guards else None
+    drops = read_drops(Path(guards[0].bpffs), record.pod.uid) if guards else None
+    if drops is None or netns is None:
+        return drops
+    held = sum(step.held_back(netns) for step in record.steps if isinstance(step, Fence))
+    return dataclasses.replace(drops, counts={**drops.counts, _UNGUARDED: held})
 
 
 def _note_drops(record: Record, drops: Drops, known: Leaks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -57,13 +58,17 @@ def command(ctx: click.Context, /, *, output: str) -> None:
 
 def _recorded(run_dir: RunDir) -> dict[str, Any]:
     from pyambient.agent.leaks import Leaks, describe_leaks  # noqa: PLC0415 - only without an agent
+    from pyambient.agent.locate import find  # noqa: PLC0415 - only without an agent
     from pyambient.agent.records import RecordStore  # noqa: PLC0415 - only without an agent
     from pyambient.agent.status import describe  # noqa: PLC0415 - only without an agent
 
     records, errors = RecordStore(run_dir.pods).readable()
     for error in errors:
         click.echo(f"error: {error}", err=True)
-    pods = [{**describe(r), "guard": describe_leaks(r, Leaks())} for r in records]
+    pods = []
+    for record in records:
+        with find(record.netns) or contextlib.nullcontext() as netns:
+            pods.append({**describe(record), "guard": describe_leaks(record, netns, Leaks())})
     return {"agent": None, "proxies": [], "pods": pods}
 
 

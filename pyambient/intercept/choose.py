@@ -28,8 +28,8 @@ def choose(
     """The backend called `name`; "auto" takes the first of them that works on this node.
 
     For the pod of `netns` it takes `bpf` only if its hooks see all processes there, and all that
-    `options` want captured. PyambientError if the backend that was asked for does not work.
-    `iptables` is the last resort, and not tried.
+    `options` want captured, and `tc` only with all that they want guarded. PyambientError if the
+    backend that was asked for does not work. `iptables` is the last resort, and not tried.
     """
     if name not in ("auto", *BACKENDS):
         raise UsageError(
@@ -39,13 +39,20 @@ def choose(
         return _TRIED[name](site)
     if name == "auto":
         for backend, make in _TRIED.items():
-            if backend == "bpf" and options.devices:
+            if not _suits(backend, site, options):
                 continue
             with contextlib.suppress(PyambientError):
                 if netns is not None and backend == "bpf":
                     check_cgroup(netns, site)
                 return make(site)
     return Iptables()
+
+
+def _suits(backend: str, site: Site, options: CaptureOptions) -> bool:
+    """Whether a backend that works here does what is wanted."""
+    if backend == "bpf":
+        return not options.devices
+    return backend != "tc" or options.guard == "off" or probe.has_fence(site.cgroup)
 
 
 def _bpf(site: Site) -> Interceptor:

@@ -159,6 +159,20 @@ class DeviceProgram(ABC):
         if self.by_filter and pod.netns.fd >= 0:
             self.remove_filter(self._netns(pod))
 
+    def attached_to(self, pod: Pod) -> int | None:
+        """The index of the very device that runs the program now, whatever `apply` had found."""
+        link = Link.open_pinned(self._pin(pod))
+        if link is not None:
+            with link:
+                info = link.info()
+            return info.target or None if _is(info.program, self.place.program) else None
+        try:
+            index = self._current_index(pod)
+        except OSError:
+            return None
+        program = self._filter(pod, index)
+        return index if program is not None and _is(program, self.place.program) else None
+
     def missing(self, pod: Pod) -> str | None:
         if self._current_index(pod) != self.index:
             return f"{self.device} is another device now"
@@ -171,15 +185,17 @@ class DeviceProgram(ABC):
     def _running(self, pod: Pod) -> int | None:
         """The id of the program in our place of the device."""
         if self.by_filter:
-            egress = self.place.direction is Direction.EGRESS
-            netns = self._netns(pod)
-            return lo_filter.program_at(netns, self.index, self.place.rank, egress=egress)
+            return self._filter(pod, self.index)
         link = Link.open_pinned(self._pin(pod))
         if link is None:
             return None
         with link:
             info = link.info()
         return info.program if info.target == self.index else None
+
+    def _filter(self, pod: Pod, index: int) -> int | None:
+        egress = self.place.direction is Direction.EGRESS
+        return lo_filter.program_at(self._netns(pod), index, self.place.rank, egress=egress)
 
     def _link(self, pod: Pod, program: int, index: int) -> bool:
         """Attach by tcx; False where this kernel has none."""

@@ -39,9 +39,9 @@ class Interception:
     `problem` says why nothing is captured yet, or any more; empty while the pod is enrolled.
     `dns` tells whether it captures the pod's DNS, over UDP as well. `devices` are those whose
     routes capture bound sockets, with `tc` those that have a redirect, each as (name, is it for
-    IPv6); `guarded` have a guard that drops what goes past the capture. `routed` tells for which
-    family (True: IPv6) marked packets are delivered on lo. `listeners` are the ports on which the
-    proxy listens.
+    IPv6); `guarded` have a guard that drops what goes past the capture, `fenced` tells that so does
+    something at all other devices. `routed` tells for which family (True: IPv6) marked packets are
+    delivered on lo. `listeners` are the ports on which the proxy listens.
     """
 
     backend: str
@@ -51,6 +51,7 @@ class Interception:
     dns: bool
     devices: frozenset[tuple[str, bool]]
     guarded: frozenset[str]
+    fenced: bool
     routed: frozenset[bool]
     listeners: frozenset[int]
 
@@ -181,6 +182,8 @@ def _not_redirected(pod: Interception, device: str) -> tuple[str, End]:
         found = f"there is none at {where}, and the guard drops what has not passed one"
         return found, End(Outcome.REFUSED, f"it hangs: {found}")
     found = f"there is none at {where}, which the agent has not seen yet"
+    if pod.fenced:
+        return found, End(Outcome.REFUSED, f"it hangs until the agent has: {found}")
     return found, End(Outcome.DIRECT, f"not captured: {found}")
 
 

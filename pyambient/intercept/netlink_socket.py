@@ -6,8 +6,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
-from typing import Final, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, Self
 
 from pyambient.netns import Netns
 
@@ -24,6 +24,14 @@ _MOST_ATTEMPTS: Final = 10
 Attributes = dict[int, bytes]
 
 
+class Message(NamedTuple):
+    """What is to be sent; `body` is a multiple of 4 bytes long."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+
 class NetlinkSocket:
     """A socket of one netlink family; close it when done. OSError is the kernel's word."""
 
@@ -35,6 +43,16 @@ class NetlinkSocket:
         self._send(kind, flags | _ACK, body)
         for _ in self._answers():
             pass
+
+    def transact(self, messages: Sequence[Message]) -> None:
+        """Changes of which all are made or none; the first and the last are just around them."""
+        first, *inner, last = messages
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        acknowledged = [message._replace(flags=message.flags | _ACK) for message in inner]
+        self._socket.send(b"".join(map(self._packed, (first, *acknowledged, last))))
+        for _ in inner:
+            for _ in self._answers():
+                pass
 
     def get(self, kind: int, body: bytes) -> bytes | None:
         """The one message that answers a question; None if it is not there."""
@@ -70,8 +88,12 @@ class NetlinkSocket:
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._socket.send(self._packed(Message(kind, flags, body)))
+
+    def _packed(self, message: Message) -> bytes:
+        kind, flags, body = message
         size = _HEADER.size + len(body)
-        self._socket.send(_HEADER.pack(size, kind, _REQUEST | flags, self._sequence, 0) + body)
+        return _HEADER.pack(size, kind, _REQUEST | flags, self._sequence, 0) + body
 
     def _answers(self) -> Iterator[tuple[int, bytes]]:
         """The flags and body of what answers the last message, up to its end."""
@@ -97,15 +119,18 @@ def packed(attributes: Mapping[int, bytes | None]) -> bytes:
 
 
 def attributes_of(data: bytes) -> Attributes:
-    found = {}
+    return dict(each_attribute(data))
+
+
+def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Where one may be there several times."""
     start = 0
     while start + _ATTRIBUTE.size <= len(data):
         size, kind = _ATTRIBUTE.unpack_from(data, start)
         if size < _ATTRIBUTE.size:
             break
-        found[kind & _TYPE_MASK] = data[start + _ATTRIBUTE.size : start + size]
+        yield kind & _TYPE_MASK, data[start + _ATTRIBUTE.size : start + size]
         start += (size + 3) & ~3
-    return found
 
 
 def _messages(received: bytes) -> Iterator[tuple[int, int, int, bytes]]:

@@ -21,6 +21,8 @@ from pyambient.netns import Netns
 from . import libbpf, lo_filter
 from .bpf_node import HOOKS, PROXY_HOOKS, Hook, Place
 from .device_program import DevicePlace, Direction, add_filter
+from .fence import Fence
+from .interface import Pod
 from .kernel_objects import AttachType, Link
 from .loader import BpfObject, Constants, ProgramRefused, load_compiled
 from .netns_cookie import ask_by_connect, netns_cookie
@@ -96,6 +98,11 @@ def probe(cgroup: Path | None, backend: str) -> tuple[Feature, ...]:
 def lacking(cgroup: Path | None, backend: str = "bpf") -> Feature | None:
     """The first needed feature that is not there; None if the backend works here."""
     return next((f for f in probe(cgroup, backend) if f.needed and not f.present), None)
+
+
+def has_fence(cgroup: Path | None) -> bool:
+    """Whether what leaves by a new device can be held back."""
+    return any(f.name == _FENCE and f.present for f in probe(cgroup, "tc"))
 
 
 def constants(cgroup: Path | None) -> Constants:
@@ -189,6 +196,11 @@ def _clsact(_: Path | None) -> None:
         add_filter(scratch, _LO_INDEX, _REDIRECT, loaded.program_fd(_REDIRECT.program))
 
 
+def _fence(_: Path | None) -> None:
+    with Netns.empty() as scratch:
+        Fence("", 0, ()).apply(Pod("scratch", scratch))
+
+
 def _sk_lookup(_: Path | None) -> None:
     with Netns.empty() as scratch, _load("lookup") as loaded:
         program = loaded.program_fd("pyamb_sk_lookup")
@@ -212,6 +224,7 @@ _INGRESS_IFINDEX: Final = "ingress_ifindex in sk_lookup"
 _SET_RETVAL: Final = "bpf_set_retval"
 _REDIRECT: Final = DevicePlace("pyamb_redirect", Direction.EGRESS, rank=1)
 _LO_INDEX: Final = 1
+_FENCE: Final = "nf_tables, family inet"
 _BASICS: Final = (
     _Attempt("libbpf and compiled programs", "", _installation),
     _Attempt("bpf(2)", "4.4", _system_call),
@@ -249,6 +262,13 @@ _ATTEMPTS: Final = {
         *_SHARED,
         _Attempt(
             "tcx links", "6.6", _tcx, instead="filters of a clsact qdisc", alternative=_clsact
+        ),
+        _Attempt(
+            _FENCE,
+            "3.14",
+            _fence,
+            needed=False,
+            instead="--guard off: nothing holds back what leaves by a new device",
         ),
     ),
 }

@@ -13,6 +13,8 @@ resolver's, and needs no translation. The proxy answers from there, with LOOPBAC
 answers come by lo; there the port becomes 53 again. A query that would not reach the proxy is
 dropped on lo.
 
+No program sees what leaves by a device that has come since; a fence holds that back (`fence`).
+
 The proxy's own processes are the node's, so hooks on its cgroup tell its sockets and its listeners,
 and make its connections to apps the way `bpf` does: the redirect has no mark to trust. Inbound
 capture is that of `bpf`.
@@ -32,6 +34,7 @@ from pyambient.netns import Netns
 
 from .bpf import FOR_ANSWERS, FOR_ANSWERS_IPV6
 from .bpf_steps import LoopbackNote, OwnAddress, SkLookup
+from .fence import fence
 from .fib import delivery
 from .guards import guards
 from .interface import Plan, Pod, PodNetwork, Site, Step
@@ -97,6 +100,7 @@ class Tc:
             *((RedirectDnsGate(bpffs, cookie),) if options.dns else ()),
             RedirectGate(bpffs, cookie),
             *guards(bpffs, cookie, network, options, behind_redirect=True),
+            *fence(bpffs, cookie, network, options),
         )
         return Plan(self.name, network, steps)
 

@@ -103,6 +103,7 @@ _OF_TC = {
     "tc-node": _unpin("node/proxy_connect4"),
     "bpf-listeners": _empty("listeners"),
     "tc-gate": _empty("redirected"),
+    "nftables-fence": _run("nft delete table inet pyambient"),
 }
 _OF_NFTABLES = {
     "route": _run("ip -6 route flush table 100"),

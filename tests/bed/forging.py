@@ -166,9 +166,9 @@ def send_frames(frame: Frame, packets: Iterable[bytes], *, bypass: bool = False)
 
 
 def _send(sender: socket.socket, data: bytes, to: tuple[Any, ...]) -> None:
-    """That the kernel has dropped it (ENOBUFS) is what the sender is here for."""
+    """That the kernel has dropped it (by tc ENOBUFS, by nf_tables EPERM) is what it is sent for."""
     try:
         sender.sendto(data, to)
     except OSError as error:
-        if error.errno != errno.ENOBUFS:
+        if error.errno not in (errno.ENOBUFS, errno.EPERM):
             raise

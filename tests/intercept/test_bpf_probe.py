@@ -16,6 +16,7 @@ from pyambient.intercept import libbpf, loader, mounts, probe
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Site
 from pyambient.intercept.loader import Constants
+from pyambient.intercept.options import CaptureOptions
 from tests.bed import Bed, CgroupTree
 from tests.bed.seccomp import forbid_bpf
 from tests.bed.snapshot import pins
@@ -100,6 +101,16 @@ def test_a_missing_feature(
     if error:
         with pytest.raises(UnsupportedFeature, match=f"{refused} .{error}"):
             choose("bpf", site)
+
+
+def test_auto_is_not_tc_where_it_could_not_be_guarded(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without nf_tables nothing holds back what leaves by a new device."""
+    _refuse(monkeypatch, "nf_tables, family inet", "run")
+    behind = {"virtual_interfaces": "tap0"}
+    assert choose("auto", site, options=CaptureOptions(**behind)).name == "nftables"
+    assert choose("auto", site, options=CaptureOptions(**behind, guard="off")).name == "tc"
 
 
 def _refuse(monkeypatch: pytest.MonkeyPatch, name: str, *attempts: str) -> None:

@@ -21,6 +21,7 @@ POD = Interception(
     dns=True,
     devices=frozenset((("eth0", False), ("eth0", True), ("eth1", False))),
     guarded=frozenset(),
+    fenced=False,
     routed=frozenset((False, True)),
     listeners=frozenset(RESERVED_PORTS),
 )
@@ -108,19 +109,22 @@ def test_a_socket_bound_to_a_device(backend: str, to: str, device: str, outcome:
 
 
 @pytest.mark.parametrize(
-    ("device", "guarded", "outcome"),
+    ("device", "guarded", "fenced", "outcome"),
     [
-        ("", (), Outcome.DIRECT),
-        ("", ("eth0",), Outcome.REFUSED),
-        ("eth0", ("eth0",), Outcome.REFUSED),
-        ("eth2", ("eth0",), Outcome.DIRECT),
+        ("", (), False, Outcome.DIRECT),
+        ("", ("eth0",), False, Outcome.REFUSED),
+        ("eth0", ("eth0",), False, Outcome.REFUSED),
+        ("eth2", ("eth0",), False, Outcome.DIRECT),
+        ("eth2", ("eth0",), True, Outcome.REFUSED),
+        ("", (), True, Outcome.REFUSED),
     ],
 )
 def test_without_a_redirect_the_guard_is_left(
-    device: str, guarded: tuple[str, ...], outcome: Outcome
+    device: str, guarded: tuple[str, ...], outcome: Outcome, *, fenced: bool
 ) -> None:
     """Backend tc: a device that lost its redirect, and one that the agent has not seen."""
-    pod = replace(POD, backend="tc", devices=frozenset(), guarded=frozenset(guarded))
+    there = {"devices": frozenset(), "guarded": frozenset(guarded), "fenced": fenced}
+    pod = replace(POD, backend="tc", **there)
     explained = explain_outbound(pod, SocketAddress("10.0.0.2", 80), device)
     assert (explained.outcome, decisive(explained)) == (outcome, "redirect")
 

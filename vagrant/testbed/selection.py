@@ -33,7 +33,8 @@ _ELSEWHERE = (
 )
 
 # The parameter, or the module; without what is around it, "tc" is in tcp and in match as well.
-_TC = "([tc- or -tc- or -tc] or [tc] or test_tc.py or test_tc_dns.py or test_tc_forwarded.py)"
+_OF_TC = ("test_tc.py", "test_tc_dns.py", "test_tc_forwarded.py", "test_fence.py")
+_TC = f"([tc- or -tc- or -tc] or [tc] or {' or '.join(_OF_TC)})"
 _SELECTION = {
     "bpf": f"bpf and not foreign and not {_TC}",
     "tc": _TC,
@@ -53,6 +54,7 @@ _CORE = {
     "tc": (
         "tests/integration/test_capture.py",
         "tests/intercept/test_dns_queries.py::test_two_resolvers_on_one_socket",
+        "tests/intercept/test_fence.py::test_apps_get_nothing_out",
     ),
     "nftables": ("tests/integration/test_capture.py",),
     "iptables": ("tests/integration/test_capture.py",),
