@@ -1,8 +1,6 @@
 """TLS handshakes, as trio tasks: they wait, so they are not the loop's.
 
-A handshake that fails sends its alert and closes without losing it: unread bytes of the peer
-would turn our close into a RST that overtakes the alert, so the socket is shut for writing and
-read out for a moment first.
+A handshake that fails sends its alert, which may still be under way then.
 """
 
 from __future__ import annotations
@@ -18,8 +16,6 @@ from .tls import describe
 Pace = AbstractAsyncContextManager[None]
 """What a handshake enters for each of its steps: `pacing.Pacer`."""
 _CHUNK = 32 << 10
-_LINGER_SECONDS = 1.0
-_LINGER_BYTES = 256 << 10
 
 
 class HandshakeFailed(Exception):
@@ -31,7 +27,7 @@ async def handshake(
 ) -> SSL.Connection:
     """Make the TLS connection of non-blocking `sock`; HandshakeFailed or OSError if it fails.
 
-    The caller closes the socket, after `linger(sock)` where an alert may be under way.
+    The caller closes the socket, after `farewell.linger(sock)` where an alert may be under way.
     """
     connection = SSL.Connection(context, None)
     if server:
@@ -81,21 +77,3 @@ async def _receive(sock: socket.socket, connection: SSL.Connection) -> None:
             raise HandshakeFailed("the peer closed the connection during the TLS handshake")
         connection.bio_write(data)
         return
-
-
-async def linger(sock: socket.socket) -> None:
-    """Let what was sent last arrive: end our side, and read the peer out for a moment."""
-    try:
-        sock.shutdown(socket.SHUT_WR)
-    except OSError:
-        return
-    with trio.move_on_after(_LINGER_SECONDS):
-        for _ in range(_LINGER_BYTES // _CHUNK):
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                if not sock.recv(_CHUNK):
-                    return
-            except BlockingIOError:
-                continue
-            except OSError:
-                return

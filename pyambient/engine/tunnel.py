@@ -13,11 +13,14 @@ that want to read then `park` themselves and are queued again when it is free. B
 the apps is HTTP/2's own: a relay credits only what its app has taken.
 
 A tunnel ends once, by `close(reason)`, whoever calls it: every stream's sink is reset, the socket
-is closed, `closed` is set. trio tasks wait for `closed`; nothing on the byte path waits.
+is closed, `closed` is set. trio tasks wait for `closed`; nothing on the byte path waits. Where
+there is a last word, the GOAWAY for a mistake of the peer's or the end of a drained connection,
+`keep_alive`, the tunnel's task, sees it to the peer before the socket is closed and `over` is set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -29,6 +32,7 @@ from pyambient.hbone import Connection, ErrorCode, RemoteProtocolError
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PING_INTERVAL, PING_TIMEOUT
 
+from .farewell import linger
 from .loop import GONE, IN, OUT, Loop
 from .tls import Fill, SharedBuffers, TlsError, TlsTransport
 
@@ -38,6 +42,8 @@ _FLUSH_AT = 64 << 10
 # behind it waits for whole buffers to drain.
 _SATURATING = 4 << 20
 _LULL = 0.2
+# For a peer that broke the rules: it may as well never read.
+_LAST_WORD_SECONDS = 1.0
 
 
 class Parked(Protocol):
@@ -62,6 +68,7 @@ class Tunnel:
         self.connection = connection
         self.peer = peer
         self.closed = trio.Event()
+        self.over = trio.Event()
         self.reason = ""
         self.on_close: Callable[[Tunnel], None] | None = None
         self._transport = transport
@@ -71,6 +78,8 @@ class Tunnel:
         self._watching_out = False
         self._parked: list[Parked] = []
         self._farewell = ""
+        # How long the peer may take to hear the last word, if that is still to be seen to it.
+        self._last_word: float | None = None
         self._bulk = 0
         self._bulk_at = 0.0
 
@@ -207,33 +216,58 @@ class Tunnel:
 
     def _leave(self) -> None:
         if not self.blocked:
-            self.close(self._farewell)
+            self._end(self._farewell, PING_TIMEOUT)
 
     def _end_after_goaway(self, reason: str) -> None:
         self.flush()
-        self.close(reason)
+        self._end(reason, _LAST_WORD_SECONDS)
 
     def close(self, reason: str) -> None:
-        """End the tunnel: reset every stream, tell the peer if that needs no waiting."""
+        """End the tunnel now: reset every stream, tell the peer if that needs no waiting."""
+        self._end(reason, None)
+        if self._last_word is not None:
+            self._cut()
+
+    def _end(self, reason: str, last_word: float | None) -> None:
+        """Nothing happens here any more, but that what was said last gets so many seconds."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
         self.reason = reason
+        self._last_word = last_word
         self.loop.unwatch(fd)
-        self.connection.connection_lost(ErrorCode.CONNECT_ERROR)
-        self._transport.shutdown()
-        self._sock.close()
+        if last_word is None:
+            self._cut()
         self._unpark()
         self.closed.set()
         if self.on_close is not None:
             self.on_close(self)
+
+    def _cut(self) -> None:
+        self._last_word = None
+        self.connection.connection_lost(ErrorCode.CONNECT_ERROR)
+        self._transport.shutdown()
+        self._sock.close()
+        self.over.set()
 
     def crashed(self, error: BaseException) -> None:
         """A handler of this tunnel raised: end it, spare the others."""
         self.close(f"internal error: {error!r}")
 
     async def keep_alive(self) -> None:
-        """PING the peer every 10 s; close the tunnel when 20 s bring no answer. Runs until then."""
+        """PING the peer every 10 s; close the tunnel when 20 s bring no answer. Runs until then.
+
+        And until the peer has heard the last word.
+        """
+        await self._ping_until_closed()
+        seconds, self._last_word = self._last_word, None
+        if seconds is not None:
+            try:
+                await self._see_off(seconds)
+            finally:
+                self._cut()
+
+    async def _ping_until_closed(self) -> None:
         allowed = int(PING_TIMEOUT // PING_INTERVAL)
         while not self.is_closed:
             with trio.move_on_after(PING_INTERVAL):
@@ -245,6 +279,19 @@ class Tunnel:
             self._transport.give_back()
             self.connection.ping(b"pyambien")
             self.loop.flush_soon(self)
+
+    async def _see_off(self, seconds: float) -> None:
+        """Send what is left, end our side, and wait until the peer has it."""
+        connection, transport = self.connection, self._transport
+        with trio.move_on_after(seconds), contextlib.suppress(OSError, TlsError):
+            while transport.blocked or connection.pending_count:
+                if transport.blocked:
+                    await trio.lowlevel.wait_writable(self._sock)
+                    transport.push()
+                else:
+                    connection.sent(transport.send(connection.pending))
+            transport.shutdown()
+            await linger(self._sock, seconds)
 
     def __repr__(self) -> str:
         state = f"closed ({self.reason})" if self.is_closed else "blocked" if self.blocked else "up"

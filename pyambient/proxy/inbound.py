@@ -16,7 +16,8 @@ import trio
 from OpenSSL import SSL
 
 from pyambient.engine.accept import Dial, connect
-from pyambient.engine.handshake import HandshakeFailed, handshake, linger
+from pyambient.engine.farewell import linger
+from pyambient.engine.handshake import HandshakeFailed, handshake
 from pyambient.engine.pacing import Queue
 from pyambient.engine.relay import StreamRelay
 from pyambient.engine.tls import TlsTransport
@@ -130,6 +131,11 @@ class Inbound:
         for tunnel in self._tunnels:
             tunnel.tunnel.drain()
 
+    async def wait_over(self) -> None:
+        """Wait until the present tunnels are over, their last words included."""
+        for tunnel in list(self._tunnels):
+            await tunnel.tunnel.over.wait()
+
     def close(self, reason: str) -> None:
         for tunnel in list(self._tunnels):
             tunnel.tunnel.close(reason)
@@ -159,6 +165,7 @@ class InboundTunnel:
         connection = Connection(Role.SERVER, self, worker.outputs, worker.http2)
         transport = TlsTransport(sock, session, worker.buffers)
         self.tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, peer)
+        self.tunnel.on_close = lambda _: self._settled.set()
 
     async def run(self) -> None:
         """Serve the tunnel until it is closed."""

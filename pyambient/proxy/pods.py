@@ -8,7 +8,8 @@ and retain; the details channel, which a foreign agent does not have, says how t
 intercepted, and drain. Listeners are bound before an add is acknowledged.
 
 Draining keeps the order that breaks no connection: stop accepting, GOAWAY on every tunnel so that
-peers open nothing more, wait for the connections that live, then end what is left.
+peers open nothing more, wait for the connections that live and for their last bytes to be with the
+peers, then end what is left.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ class Pod:
             forwarder.drain()
         with trio.move_on_after(timeout):
             await self.scope.wait_idle()
+            await self._inbound.wait_over()
+            await self._pool.wait_over()
             if forwarder is not None:
                 await forwarder.wait_idle()
         return len(self.scope.live)

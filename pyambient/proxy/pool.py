@@ -124,6 +124,7 @@ class Pool:
     def __init__(self, scope: PodScope) -> None:
         self._scope = scope
         self._lanes: dict[PoolKey, _Lane] = {}
+        self._attended: set[Tunnel] = set()
 
     def request(self, key: PoolKey, waiter: Waiter) -> None:
         """Give `waiter` a tunnel with room for a stream, now or as soon as there is one."""
@@ -225,8 +226,17 @@ class Pool:
             tunnel.close("given up before the peer's SETTINGS")
             raise
         pooled.tunnel = tunnel
-        self._scope.start_soon(tunnel.keep_alive)
+        self._attended.add(tunnel)
+        self._scope.start_soon(self._attend, tunnel)
         return pooled
+
+    async def _attend(self, tunnel: Tunnel) -> None:
+        """One tunnel, in its lane and after, until it is over."""
+        try:
+            await tunnel.keep_alive()
+        finally:
+            self._attended.remove(tunnel)
+            tunnel.close("connection closed due to connection drain")
 
     async def _wait_settled(self, pooled: _Pooled, tunnel: Tunnel) -> None:
         async with trio.open_nursery() as nursery:
@@ -282,11 +292,15 @@ class Pool:
             if pooled.tunnel is not None:
                 pooled.tunnel.drain()
 
+    async def wait_over(self) -> None:
+        """Wait until the present tunnels are over, their last words included."""
+        for tunnel in list(self._attended):
+            await tunnel.over.wait()
+
     def close(self, reason: str) -> None:
         """End every tunnel now."""
-        for pooled in [p for lane in self._lanes.values() for p in lane.tunnels]:
-            if pooled.tunnel is not None:
-                pooled.tunnel.close(reason)
+        for tunnel in list(self._attended):
+            tunnel.close(reason)
 
     def __repr__(self) -> str:
         tunnels = sum(len(lane.tunnels) for lane in self._lanes.values())

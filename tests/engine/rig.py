@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 from OpenSSL import SSL
@@ -19,6 +20,7 @@ from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.context import client_context, server_context
 from pyambient.model.address import SocketAddress
 from pyambient.model.spiffe import SpiffeId
+from tests.bed.patience import patience
 
 NOWHERE = SocketAddress("192.0.2.1", 15008)
 CLIENT = SpiffeId("cluster.local", "default", "client")
@@ -74,8 +76,8 @@ class Rig:
         self.accept = True
         self.server_relays: list[StreamRelay] = []
 
-    async def connect(self, authority: EmbeddedAuthority) -> None:
-        """Handshake over TCP and start both tunnels."""
+    async def connect(self, authority: EmbeddedAuthority, nursery: trio.Nursery) -> None:
+        """Handshake over TCP and start both tunnels; `nursery` has their tasks."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             near = socket.create_connection(listener.getsockname())
             far, _ = listener.accept()
@@ -86,11 +88,11 @@ class Rig:
             server = role is Role.SERVER
             sessions[end] = await handshake(sock, context, Pacer(self.loop), server=server)
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as shaking:
             context = client_context(await authority.sign(CLIENT))
-            nursery.start_soon(shake, self.client, near, context, Role.CLIENT)
+            shaking.start_soon(shake, self.client, near, context, Role.CLIENT)
             context = server_context(await authority.sign(SERVER))
-            nursery.start_soon(shake, self.server, far, context, Role.SERVER)
+            shaking.start_soon(shake, self.server, far, context, Role.SERVER)
         for end, sock, role in (
             (self.client, near, Role.CLIENT),
             (self.server, far, Role.SERVER),
@@ -99,6 +101,7 @@ class Rig:
             connection = Connection(role, end, self.outputs)
             end.tunnel = Tunnel(self.loop, transport, connection, self.buffers, NOWHERE)
             end.tunnel.start()
+            nursery.start_soon(end.tunnel.keep_alive)
         await self.client.up.wait()
 
     def open(self) -> tuple[socket.socket, socket.socket]:
@@ -143,12 +146,13 @@ def rigged(authority: EmbeddedAuthority, test: Callable[[Rig], Awaitable[None]])
 
     async def main() -> None:
         rig = Rig(loop)
-        with trio.fail_after(30):
-            await rig.connect(authority)
-            await test(rig)
-        rig.client.tunnel.close("end of the test")
-        await trio.sleep(0.02)
-        rig.server.tunnel.close("end of the test")
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(patience(30)):
+                await rig.connect(authority, nursery)
+                await test(rig)
+            rig.client.tunnel.close("end of the test")
+            await trio.sleep(0.02)
+            rig.server.tunnel.close("end of the test")
 
     loop.run(main)
 
@@ -157,3 +161,8 @@ async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition; the rig's own deadline bounds it."""
     while not condition():  # noqa: ASYNC110 - the condition has no event of its own
         await trio.sleep(0.005)
+
+
+async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """A blocking call, while the loop goes on."""
+    return await trio.to_thread.run_sync(function, *args)

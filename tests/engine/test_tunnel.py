@@ -15,7 +15,7 @@ from pyambient.engine.reservoir import Reservoir
 from pyambient.hbone import Stream
 from pyambient.identity.ca import EmbeddedAuthority
 
-from .rig import rigged, until
+from .rig import in_thread, rigged, until
 
 RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"
 
@@ -23,10 +23,6 @@ RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory):
     return EmbeddedAuthority.open(tmp_path_factory.mktemp("ca"), "cluster.local")
-
-
-async def in_thread(function, *args):
-    return await trio.to_thread.run_sync(function, *args)
 
 
 def read_all(sock):
@@ -250,12 +246,10 @@ def test_keep_alive_closes_a_tunnel_whose_peer_is_silent(authority, monkeypatch)
     monkeypatch.setattr("pyambient.engine.tunnel.PING_TIMEOUT", 0.1)
 
     async def test(rig):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.client.tunnel.keep_alive)
-            await trio.sleep(0.3)
-            assert not rig.client.tunnel.is_closed
-            rig.loop.unwatch(rig.server.tunnel._fd)
-            await rig.client.tunnel.closed.wait()
+        await trio.sleep(0.3)
+        assert not rig.client.tunnel.is_closed
+        rig.loop.unwatch(rig.server.tunnel._fd)
+        await rig.client.tunnel.closed.wait()
         assert "ping timeout" in rig.client.tunnel.reason
 
     rigged(authority, test)
@@ -271,8 +265,6 @@ def test_a_tunnel_that_goes_idle_gives_back_what_it_grew_to(authority, monkeypat
         before = [tunnel._transport._calls._in for tunnel in tunnels]
         app, server = rig.open()
         async with trio.open_nursery() as nursery:
-            for tunnel in tunnels:
-                nursery.start_soon(tunnel.keep_alive)
             nursery.start_soon(in_thread, app.sendall, payload)
             got = 0
             while got < len(payload):
@@ -285,7 +277,6 @@ def test_a_tunnel_that_goes_idle_gives_back_what_it_grew_to(authority, monkeypat
             )
             await in_thread(server.sendall, b"still alive")
             assert await in_thread(app.recv, 100) == b"still alive"
-            nursery.cancel_scope.cancel()
         app.close()
         server.close()
 
