@@ -21,6 +21,7 @@ there is a last word, the GOAWAY for a mistake of the peer's or the end of a dra
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -277,7 +278,7 @@ class Tunnel:
                 self.close("HBONE ping timeout: the peer has not answered for 20 s")
                 return
             self._transport.give_back()
-            self.connection.ping(b"pyambien")
+            self.connection.ping(os.urandom(8))
             self.loop.flush_soon(self)
 
     async def _see_off(self, seconds: float) -> None:

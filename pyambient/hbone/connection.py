@@ -224,12 +224,15 @@ class Connection(Receiver):
     # The connection as a whole
 
     def ping(self, payload: bytes) -> None:
-        """Send a PING of eight bytes; `pings_unanswered` counts up until one is answered."""
+        """Send a PING of eight bytes that nobody can guess; an answer is for all before it.
+
+        `pings_unanswered` counts those that wait for one.
+        """
         if self.closed:
             return
         self._control.ping(payload)
         self._put_control()
-        self.pings_unanswered += 1
+        self._pings.append(payload)
 
     def go_away(self) -> None:
         """Drain: the peer opens no more streams here, those that exist go on.

@@ -54,6 +54,7 @@ class Endpoint:
         "_padding",
         "_peer_max_streams",
         "_peer_window",
+        "_pings",
         "_preface_left",
         "_receive_window",
         "_send_window",
@@ -66,7 +67,6 @@ class Endpoint:
         "_wasted",
         "closed",
         "draining",
-        "pings_unanswered",
         "role",
         "settings",
         "streams",
@@ -84,7 +84,8 @@ class Endpoint:
         self.settings = settings
         self.streams: dict[int, Stream] = {}
         self.draining = self.closed = False
-        self.pings_unanswered = 0
+        # Payloads of ours that are not answered: one that the peer makes up is no answer.
+        self._pings: list[bytes] = []
         self._owner = owner
         self._out = Outbox(outputs)
         self._control = Control(role, settings)
@@ -132,6 +133,11 @@ class Endpoint:
     def open_count(self) -> int:
         """Streams that are not closed."""
         return len(self.streams)
+
+    @property
+    def pings_unanswered(self) -> int:
+        """PINGs of `Connection.ping` that wait for their answer."""
+        return len(self._pings)
 
     def _new_stream(
         self, stream_id: int, request: ConnectRequest, sink: StreamSink | None = None

@@ -217,7 +217,8 @@ class FrameHandlers(Endpoint):
         self._put_control()
         if answered is None:
             return
-        self.pings_unanswered = 0
+        if answered in self._pings:
+            del self._pings[: self._pings.index(answered) + 1]
         if answered == DRAIN_PING and self._leaving and self._last_accepted is None:
             self._final_goaway()
 

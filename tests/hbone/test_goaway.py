@@ -241,12 +241,22 @@ def test_drain_of_both_ends_at_once() -> None:
 
 
 def test_pings_of_the_owner_are_counted() -> None:
-    """Unanswered PINGs count up, one answer resets them; draining does not count."""
+    """Unanswered PINGs count up, an answer is for all before it; draining does not count."""
     peer = server()
-    peer.connection.ping(b"pyambien")
-    peer.connection.ping(b"pyambien")
+    for payload in (b"the 1st.", b"the 2nd.", b"the 3rd."):
+        peer.connection.ping(payload)
     peer.connection.go_away()
-    assert peer.connection.pings_unanswered == 2
+    assert peer.connection.pings_unanswered == 3
     peer.frames()
-    peer.give(frame(PING, ACK, 0, b"pyambien"))
+    peer.give(frame(PING, ACK, 0, b"the 2nd."))
+    assert peer.connection.pings_unanswered == 1
+    peer.give(frame(PING, ACK, 0, b"the 3rd."))
     assert peer.connection.pings_unanswered == 0
+
+
+def test_an_answer_to_no_ping_of_ours_does_not_count() -> None:
+    """A peer that reads nothing could send answers all the same, and be kept for ever."""
+    peer = server()
+    peer.connection.ping(b"unguess.")
+    peer.give(frame(PING, ACK, 0, b"pyambien"))
+    assert peer.connection.pings_unanswered == 1
