@@ -168,6 +168,7 @@ class FrameHandlers(Endpoint):
         stream = self.streams.get(stream_id)
         if stream is None:
             self._check_known(frames.RST_STREAM, stream_id)
+            self._gone.note_end(stream_id)
             return
         wasted = self.role is Role.SERVER and stream.unanswered
         self._kill(stream, Fate.ENDED)

@@ -195,11 +195,11 @@ class Receiver(FrameHandlers):
         self._receive_window -= length
         stream = self._current = self._data_stream(stream_id, length)
         self._left = length
+        self._pad_due = bool(flags & PADDED)
         if stream is None:
             # Nobody will consume these bytes: they are credited before they are skipped.
             self._consume_connection(length)
             return
-        self._pad_due = bool(flags & PADDED)
         self._ends = bool(flags & END_STREAM)
         if not length:
             self._finish_data()
@@ -224,7 +224,7 @@ class Receiver(FrameHandlers):
     def _continue_frame(self, view: memoryview, position: int) -> int:
         """Pass on or skip what `view` has of the frame under way; return where that ends."""
         stream = self._current
-        if self._pad_due and stream is not None:
+        if self._pad_due:
             self._take_pad_length(stream, view[position])
             position += 1
         if self._left > self._padding:
@@ -239,7 +239,7 @@ class Receiver(FrameHandlers):
             self._finish_data()
         return position + len(part)
 
-    def _take_pad_length(self, stream: Stream, padding: int) -> None:
+    def _take_pad_length(self, stream: Stream | None, padding: int) -> None:
         """Padding counts for the windows (RFC 9113 section 6.1), but no sink consumes it."""
         self._pad_due = False
         self._left -= 1
@@ -248,7 +248,7 @@ class Receiver(FrameHandlers):
                 ErrorCode.PROTOCOL_ERROR, "DATA frame with padding longer than the frame"
             )
         self._padding = padding
-        if not stream.closed:
+        if stream is not None and not stream.closed:
             self._consume(stream, 1 + padding)
 
     def _finish_data(self) -> None:

@@ -294,6 +294,11 @@ class Gone:
         if len(self._fates) > self.REMEMBERED:
             self._fates.popitem(last=False)
 
+    def note_end(self, stream_id: int) -> None:
+        """The peer has ended it as well: nothing of it is under way any more."""
+        if stream_id in self._fates:
+            self._fates[stream_id] = Fate.ENDED
+
     def fate(self, stream_id: int) -> Fate | None:
         """None if it is forgotten or never was."""
         return self._fates.get(stream_id)

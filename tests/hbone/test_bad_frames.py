@@ -283,6 +283,28 @@ def test_frames_of_a_stream_that_we_reset() -> None:
     assert bytes(sink.received) == b""
 
 
+@pytest.mark.parametrize("late", [data(1, b"x"), frame(HEADERS, END_HEADERS, 1, b"\x88")])
+def test_frames_of_a_stream_that_both_have_reset(late: bytes) -> None:
+    """Nothing is under way behind the peer's own reset (section 5.1)."""
+    peer = server()
+    stream, _ = peer.accepted()
+    peer.connection.reset(stream, ErrorCode.CANCEL)
+    peer.give(data(1, b"under way") + rst(1))
+    assert peer.refuses(late)[0] == ErrorCode.STREAM_CLOSED
+
+
+def test_padding_of_a_stream_that_we_reset() -> None:
+    """Padding as long as its frame is a mistake wherever it stands (section 6.1)."""
+    peer = server()
+    stream, _ = peer.accepted()
+    peer.connection.reset(stream, ErrorCode.CANCEL)
+    peer.frames()
+    whole = padded_data(1, b"swallowed", 200)
+    for cut_at in range(1, len(whole)):
+        assert peer.give(whole[:cut_at]) == peer.give(whole[cut_at:]) == []
+    assert peer.refuses(frame(0, PADDED, 1, b"\x04abc"))[0] == PROTOCOL
+
+
 def test_harmless_frames_are_ignored() -> None:
     """Unknown types, PRIORITY, reserved bits and late frames of a client's old streams."""
     peer = client()
