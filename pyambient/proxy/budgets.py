@@ -4,8 +4,9 @@ General theory of operation
 ---------------------------
 Pods share a process, so each has a budget: of descriptors, of handshakes under way, of bytes that
 are kept for apps that do not read. Peers have one, too: a handshake costs us half a millisecond
-and its sender a packet, so a source address may begin only so many of them. Sums over all pods and
-sources are bounded as well. (Shares of a loop's turn are the engine's: `engine/pacing.py`.)
+and its sender a packet, so a source address may begin only so many of them, and have only so many
+under way. Sums over all pods and sources are bounded as well. (Shares of a loop's turn are the
+engine's: `engine/pacing.py`.)
 
 Whoever asks for more is refused at once, at the least cost, and counted in `refused` by the name of
 the budget. The log says so at most once in ten seconds for each pod and budget, with the number:
@@ -32,6 +33,7 @@ _SOURCES_MAX = 4096
 DESCRIPTORS = "descriptors"
 HANDSHAKES = "handshakes under way"
 HANDSHAKE_RATE = "handshakes of one source"
+SOURCE_HANDSHAKES = "handshakes of one source under way"
 BUFFERED = "buffered bytes"
 
 
@@ -42,6 +44,8 @@ class Limits:
     descriptors: int
     handshakes: int = 512
     pod_handshakes: int = 128
+    # Who never finishes one keeps its place for ten seconds: a quarter of the pod's places.
+    source_handshakes: int = 32
     # A peer opens a tunnel for a hundred connections, and reopens them all when we restart.
     source_burst: int = 200
     source_rate: float = 50.0
@@ -90,6 +94,7 @@ class Budgets:
         self.refused: Counter[str] = Counter()
         self.descriptors = 0
         self.handshakes = 0
+        self.handshakes_of: Counter[str] = Counter()
         self.buffered = Reservoir(self.limits.buffered)
         self._clock = clock
         self._all_sources = Bucket(self.limits.total_burst, self.limits.total_rate, clock())
@@ -166,20 +171,27 @@ class PodBudget:
     def begin_handshake(self, source: str) -> str:
         """Why a peer's handshake may not begin, or nothing; then `end_handshake` follows."""
         limits, whole = self._whole.limits, self._whole
-        if self.handshakes >= limits.pod_handshakes or whole.handshakes >= limits.handshakes:
+        if whole.handshakes_of[source] >= limits.source_handshakes:
+            refused = SOURCE_HANDSHAKES
+        elif self.handshakes >= limits.pod_handshakes or whole.handshakes >= limits.handshakes:
             refused = HANDSHAKES
         elif not whole.source_may(source):
             refused = HANDSHAKE_RATE
         else:
             self.handshakes += 1
             whole.handshakes += 1
+            whole.handshakes_of[source] += 1
             return ""
         whole.refuse(self.name, refused)
         return refused
 
-    def end_handshake(self) -> None:
+    def end_handshake(self, source: str) -> None:
         self.handshakes -= 1
-        self._whole.handshakes -= 1
+        whole = self._whole
+        whole.handshakes -= 1
+        whole.handshakes_of[source] -= 1
+        if not whole.handshakes_of[source]:
+            del whole.handshakes_of[source]
 
     def close(self) -> None:
         self._whole.forget(self.name)

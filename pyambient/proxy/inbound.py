@@ -73,7 +73,7 @@ class Inbound:
             try:
                 tunnel = await self._handshake(sock, peer)
             finally:
-                budget.end_handshake()
+                budget.end_handshake(peer.ip)
             if tunnel is not None:
                 await self._run(tunnel)
         finally:

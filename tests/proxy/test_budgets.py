@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 
 import pytest
@@ -15,6 +16,7 @@ from pyambient.proxy.budgets import (
     DESCRIPTORS,
     HANDSHAKE_RATE,
     HANDSHAKES,
+    SOURCE_HANDSHAKES,
     Budgets,
     Limits,
 )
@@ -25,6 +27,7 @@ SMALL = Limits(
     descriptors=100,
     handshakes=6,
     pod_handshakes=4,
+    source_handshakes=4,
     source_burst=3,
     source_rate=1.0,
     total_burst=5,
@@ -76,7 +79,7 @@ def test_a_source_begins_so_many_handshakes_and_then_so_many_a_second(budgets, c
         done = 0
         for _ in range(tries):
             if not pod.begin_handshake(source):
-                pod.end_handshake()
+                pod.end_handshake(source)
                 done += 1
         return done
 
@@ -93,7 +96,7 @@ def test_all_sources_together_are_bounded(budgets):
     begun = 0
     for number in range(50):
         if not pod.begin_handshake(f"2001:db8::{number}"):
-            pod.end_handshake()
+            pod.end_handshake(f"2001:db8::{number}")
             begun += 1
     assert begun == 5
 
@@ -107,9 +110,26 @@ def test_handshakes_under_way_are_bounded_for_a_pod_and_for_all(budgets, clock):
         refusals.append(one.begin_handshake(f"192.0.2.{number}"))
     assert refusals == ["", "", "", "", HANDSHAKES]
     assert [other.begin_handshake(f"198.51.100.{n}") for n in range(3)] == ["", "", HANDSHAKES]
-    one.end_handshake()
+    one.end_handshake("192.0.2.0")
     clock.now += 1
     assert other.begin_handshake("198.51.100.9") == ""
+
+
+def test_one_source_cannot_take_all_handshakes_of_a_pod(clock):
+    """Who begins them and never goes on leaves places to others, and gets back what it ends."""
+    budgets = Budgets(dataclasses.replace(SMALL, source_handshakes=2), clock)
+    pod = budgets.pod("pod")
+    refusals = []
+    for _ in range(4):
+        clock.now += 1
+        refusals.append(pod.begin_handshake("192.0.2.1"))
+    assert refusals == ["", "", SOURCE_HANDSHAKES, SOURCE_HANDSHAKES]
+    assert pod.begin_handshake("192.0.2.2") == ""
+    pod.end_handshake("192.0.2.1")
+    assert pod.begin_handshake("192.0.2.1") == ""
+    for source in ("192.0.2.1", "192.0.2.1", "192.0.2.2"):
+        pod.end_handshake(source)
+    assert not budgets.handshakes_of
 
 
 def test_sources_are_forgotten_before_there_are_too_many(budgets, clock):
