@@ -78,7 +78,7 @@ bench-intercept: $(SETUP) ## what each interception costs (root; QUICK=1, CHECK=
 conformance: $(SETUP) ## the HBONE port against h2spec, which Go builds (root)
 	$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/integration/conformance.py
 
-# How long, all targets together.
+# How long, each target.
 SECONDS ?= 600
 
 .PHONY: fuzz

@@ -1,7 +1,7 @@
 """`make fuzz`: coverage-guided fuzzing of the targets (atheris, the `fuzz` extra).
 
-Each target runs for its share of the time, from the inputs that the repository keeps; what it
-learns stays in the corpus. An input that breaks something is named at the end: kept in
+Each target runs for the time given, from the inputs that the repository keeps; what it learns stays
+in the corpus. An input that breaks something is named at the end: kept in
 tests/fuzz/inputs it is a test case.
 """
 
@@ -42,7 +42,7 @@ def fuzz(name: str, seconds: int, corpus: Path) -> bool:
 def main() -> int:
     """Fuzz every target in turn; 1 if one has found something."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=600, help="for all targets together")
+    parser.add_argument("--seconds", type=int, default=600, help="for each target")
     parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--target", help="just this one, with libFuzzer's own options behind --")
     parser.add_argument("libfuzzer", nargs="*", help=argparse.SUPPRESS)
@@ -51,8 +51,7 @@ def main() -> int:
         fuzz_one(chosen.target, chosen.libfuzzer)
         return 0
     names = sorted(directory.name for directory in INPUTS.iterdir())
-    share = max(1, chosen.seconds // len(names))
-    broken = [name for name in names if not fuzz(name, share, chosen.corpus)]
+    broken = [name for name in names if not fuzz(name, chosen.seconds, chosen.corpus)]
     for name in broken:
         print(f"target {name} found something: see {chosen.corpus}/findings")  # noqa: T201
     return 1 if broken else 0
