@@ -21,7 +21,7 @@ _OTHER_PORT = 8081
 _NAMES = ("a", "b", "c", "d")
 
 
-@pytest.fixture(params=["bpf", *INTERCEPTORS])
+@pytest.fixture(params=["bpf", "tc", *INTERCEPTORS])
 def backend(request: pytest.FixtureRequest) -> str:
     """The backend, and of iptables the variant."""
     return str(request.param)
@@ -33,13 +33,16 @@ def pods(bed: Bed) -> dict[str, BedPod]:
 
 
 @pytest.fixture
-def mesh(bed: Bed, pods: dict[str, BedPod], backend: str) -> Iterator[_Mesh]:
+def mesh(
+    bed: Bed, pods: dict[str, BedPod], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[_Mesh]:
     """Pods a and b, to be enrolled with options of their own; nothing is left of them."""
     before = _state(pods)
-    if backend == "bpf":
-        yield BpfMesh(bed, pods["a"], pods["b"])
-    else:
+    if backend in INTERCEPTORS:
         yield NetfilterMesh(bed, pods["a"], pods["b"], interceptor=INTERCEPTORS[backend])
+    else:
+        monkeypatch.setattr(BpfMesh, "backend", backend)
+        yield BpfMesh(bed, pods["a"], pods["b"])
     assert changes(before, _state(pods)) == []
 
 
