@@ -16,7 +16,9 @@ HEADER_SIZE: Final = 12
 # What every client takes over UDP (RFC 1035 section 4.2.1), and what we say we take (RFC 6891
 # section 6.2.5 wants no fragments; 1232 is what DNS flag day 2020 made of it).
 MIN_UDP_SIZE: Final = 512
-_OWN_UDP_SIZE: Final = 1232
+# What is no longer passes any link in one packet, of IPv6 as well: RFC 8200 section 5.
+ANY_LINK_UDP_SIZE: Final = 1232
+LARGEST: Final = 0xFFFF
 
 FORMERR: Final = 1
 SERVFAIL: Final = 2
@@ -156,12 +158,13 @@ def is_answer(query: Query, upstream_id: bytes, message: bytes) -> bool:
     return bool(message[2] & _OPCODE) or message[3] & _RCODE in (FORMERR, NOTIMP)
 
 
-def fitting(query: Query, answer: bytes) -> bytes:
+def fitting(query: Query, answer: bytes, most: int = LARGEST) -> bytes:
     """`answer` if the client takes that much over UDP, else header, question and OPT with TC set.
 
-    The client asks again over TCP (RFC 2181 section 9, RFC 6891 section 7).
+    The client asks again over TCP (RFC 2181 section 9, RFC 6891 section 7). `most` is what the way
+    there takes.
     """
-    if len(answer) <= MIN_UDP_SIZE or len(answer) <= (size := query.udp_size()):
+    if len(answer) <= MIN_UDP_SIZE or len(answer) <= (size := min(most, query.udp_size())):
         return answer
     opt = _opt_record(answer)
     question = query.question if answer[5] else b""
@@ -187,7 +190,7 @@ def _own_opt(theirs: bytes, reason: str) -> bytes:
     text = reason.encode()
     option = _OPTION.pack(_EXTENDED_ERROR, 2 + len(text), _NETWORK_ERROR) + text
     ttl = _RECORD.unpack_from(theirs, 1)[2] & _DNSSEC_OK
-    return b"\0" + _RECORD.pack(_OPT_TYPE, _OWN_UDP_SIZE, ttl, len(option)) + option
+    return b"\0" + _RECORD.pack(_OPT_TYPE, ANY_LINK_UDP_SIZE, ttl, len(option)) + option
 
 
 def _format_error(message: bytes) -> bytes:

@@ -153,6 +153,13 @@ def test_a_truncated_answer_is_header_question_and_opt():
     )
 
 
+@pytest.mark.parametrize(("most", "fits"), [(1232, False), (0xFFFF, True)])
+def test_the_way_to_the_client_may_take_less(most, fits):
+    asked = parse_query(build.query(edns=4096))
+    message = build.answer_to(asked.message, padding=1200)
+    assert (fitting(asked, message, most) == message) is fits
+
+
 def test_an_opt_record_that_does_not_fit_itself_is_left_out():
     message = build.answer_to(ASKED.message, padding=2000, more=build.opt(4096, bytes(600)))
     flags = build.QR | build.RD | build.RA | build.TC

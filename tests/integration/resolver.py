@@ -27,7 +27,10 @@ class Seen:
 
 
 class _Resolver:
-    """`big` does not fit into UDP, `silent` has no answer, `forged` gets forged ones first."""
+    """`big` does not fit into UDP, `silent` has no answer, `forged` gets forged ones first.
+
+    `long` is as long as `big`, and for who takes that much.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -71,7 +74,8 @@ class _Resolver:
         if truncate:
             yield build.message(asked[:2], build.QR | build.TC, asked[12 : asked.index(0, 12) + 5])
         else:
-            yield build.answer_to(asked, padding=LONG if b"\3big" in asked else 0)
+            is_long = b"\3big" in asked or b"\4long" in asked
+            yield build.answer_to(asked, padding=LONG if is_long else 0)
 
     def note(self, transport: str, peer: tuple[str, int], asked: bytes) -> None:
         self.seen.append(Seen(transport, from_sockaddr(peer), int.from_bytes(asked[:2])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyambient.dns import message as dns
 from pyambient.intercept.original_dns import ResolverLookup
 from pyambient.model.address import SocketAddress
 from pyambient.observe.logs import get_logger
@@ -58,6 +59,15 @@ class DnsScope:
             return True
         self.counters.from_strangers += 1
         return False
+
+    def longest_answer(self, client: SocketAddress) -> int:
+        """What a client can get in one datagram, in bytes.
+
+        The answer leaves by lo, which takes any; on its way to somebody behind the pod nobody would
+        make fragments of a packet of IPv6, and who is behind it does not always show.
+        """
+        turned = self.pod.turned_round and client.is_ipv6
+        return dns.ANY_LINK_UDP_SIZE if turned else dns.LARGEST
 
     def admit(self, query: InFlight) -> bool:
         """Count a query in; False, counted and now and then logged, if there are too many."""

@@ -29,6 +29,7 @@ from pyambient.netns import Netns
 from pyambient.proxy.sockets import Stock, set_transparent
 
 _IP_PKTINFO = 8
+_IP_MTU_DISCOVER, _IP_PMTUDISC_DONT = 10, 0
 _RECEIVE_BUFFER = 1 << 20
 _IN_PKTINFO = struct.Struct("=I4s4s")  # device, address to answer from, destination in the header
 _IN6_PKTINFO = struct.Struct("=16sI")
@@ -72,6 +73,8 @@ def _bound(netns: Netns, family: int, host: str, mark: int) -> socket.socket:
     try:
         if mark:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        # An answer that fits lo may not fit the link to who is behind the pod: let it be divided.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)

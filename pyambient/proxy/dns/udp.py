@@ -185,8 +185,9 @@ class DatagramQuery:
             self._fail("too many answers did not match the query")
 
     def _answered(self, message: bytes) -> None:
-        counters = self._datagrams.scope.counters
-        answer = dns.fitting(self._query, self._query.id + message[2:])
+        scope = self._datagrams.scope
+        counters, most = scope.counters, scope.longest_answer(from_sockaddr(self._client.sockaddr))
+        answer = dns.fitting(self._query, self._query.id + message[2:], most)
         counters.answered += 1
         counters.truncated += len(answer) < len(message)
         self._answer(answer)
