@@ -31,6 +31,7 @@ from .work import BOTH, CLIENT, OTHERS, SERVER, Cell
 _CLIENT_IPS: Final = {"v4": "10.99.0.2", "v6": "fd99::2"}
 _SERVER_IPS: Final = {"v4": "10.99.0.3", "v6": "fd99::3"}
 _STEERING: Final = frozenset({"bpf", "tc"})
+_NULL_PROXIES: Final = {"bpf": "steered", "tc": "turned"}
 _CAPTURING = (Stage.APPLY, Stage.STEER, Stage.GATE)
 # A table of its own for each pod: the TIME_WAITs of others slow down the search for a free port
 # (Linux 6.1; without it all share the node's).
@@ -133,6 +134,11 @@ class Bed:
     def steers(self) -> bool:
         """Whether connections keep their addresses; the other backends translate them."""
         return self.backend in _STEERING
+
+    @property
+    def null_proxy(self) -> str:
+        """How null.c has to serve the enrolled pods."""
+        return _NULL_PROXIES.get(self.backend, "redirected")
 
     def prepare(self) -> None:
         """What comes before the proxies listen."""

@@ -85,7 +85,7 @@ class _Run:
             return [Null(self.tools.null, self.bed, CLIENT, *words)]
         if subject.proxy == REAL:
             return [Real(self.bed)]
-        how = "steered" if self.bed.steers else "redirected"
+        how = self.bed.null_proxy
         return [Null(self.tools.null, self.bed, name, how) for name in self.bed.enrolled]
 
 

@@ -3,6 +3,7 @@
  * null: a proxy that costs next to nothing, so that it does not hide what an interception costs.
  *
  *   null steered                     the original destination is the accepted socket's address
+ *   null turned                      likewise; answers to queries carry the mark that leads to lo
  *   null redirected                  conntrack knows the original destination (SO_ORIGINAL_DST)
  *   null explicit ADDRESS PORT       all goes there, for clients that connect to us on purpose
  *
@@ -31,6 +32,7 @@
 #define INBOUND 15006
 #define DNS 15053
 #define PROXY_MARK 0x539
+#define LOOPBACK_MARK 0x111
 #define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h; the same number for IPv6 */
 #define CHUNK (256 << 10)
 #define EVENTS 512
@@ -50,7 +52,7 @@ struct end {
 
 static struct end *ends;
 static int epoll, outbound, inbound, dns;
-static int redirected, explicit;
+static int redirected, turned, explicit;
 static struct sockaddr_in6 upstream_of_all;
 static char buffer[CHUNK];
 static unsigned long accepted, answered;
@@ -399,8 +401,9 @@ static void set_upstream(const char *address, const char *port)
 int main(int argc, char **argv)
 {
 	redirected = argc == 2 && !strcmp(argv[1], "redirected");
+	turned = argc == 2 && !strcmp(argv[1], "turned");
 	explicit = argc == 4 && !strcmp(argv[1], "explicit");
-	if (!redirected && !explicit && (argc != 2 || strcmp(argv[1], "steered"))) {
+	if (!redirected && !turned && !explicit && (argc != 2 || strcmp(argv[1], "steered"))) {
 		fputs("null: see the top of null.c\n", stderr);
 		return 2;
 	}
@@ -410,6 +413,8 @@ int main(int argc, char **argv)
 	outbound = bound(SOCK_STREAM, OUTBOUND);
 	inbound = bound(SOCK_STREAM, INBOUND);
 	dns = bound(SOCK_DGRAM, DNS);
+	if (turned)
+		set(dns, SOL_SOCKET, SO_MARK, LOOPBACK_MARK);
 	puts("start");
 	fflush(stdout);
 	run();

@@ -69,10 +69,8 @@ class Subject:
         return self.enrolled not in (NOBODY, OTHERS)
 
     def does(self, work: Work) -> bool:
-        """DNS is captured where it is asked; what the null proxy answers with tc has no mark."""
-        if not work.is_dns or not self.captured:
-            return True
-        return self.enrolled != SERVER and self.backend != "tc"
+        """DNS is captured where it is asked."""
+        return not work.is_dns or self.enrolled != SERVER
 
 
 DIRECT: Final = Subject("direct", proxy=NO_PROXY)
