@@ -48,7 +48,7 @@ class Agent:
             await nursery.start(self._proxies.serve, run_dir)
             await nursery.start(self._api.serve, run_dir.agent_socket)
             nursery.start_soon(self._rounds.run)
-            for record in self.enrolments.replaced:
+            for record in self.enrolments.unfinished:
                 nursery.start_soon(self._succeed, record)
             _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
             task_status.started()
@@ -67,8 +67,8 @@ class Agent:
                 inspect = partial(self.enrolments.inspect, enrolled)
                 nursery.start_soon(watch_network, enrolled, refresh, inspect)
                 nursery.start_soon(self._free_when_gone, enrolled)
-                nursery.start_soon(self._attempt, self.enrolments.resume, enrolled)
-                nursery.start_soon(self._attempt, self.enrolments.tidy, enrolled)
+                nursery.start_soon(self._free, enrolled, self.enrolments.resume)
+                nursery.start_soon(self.enrolments.tidy, enrolled)
                 await enrolled.freed.wait()
                 nursery.cancel_scope.cancel()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is in the log
@@ -81,24 +81,30 @@ class Agent:
             if fate.replaced:
                 await self._succession.follow(enrolled.record)
         _log.warning("the network namespace is gone", pod=str(enrolled.record.pod))
-        await self._attempt(partial(self.enrolments.unenrol, drain_timeout=0), enrolled)
+        await self._free(enrolled, partial(self.enrolments.unenrol, drain_timeout=0))
 
     async def _succeed(self, record: Record) -> None:
-        """What a former agent enrolled is gone, and its replacement has not been enrolled yet."""
+        """What a former agent enrolled is gone: enrol its replacement, and then clean up."""
         await self._succession.follow(record)
-        try:
-            await self.enrolments.clean_up(record)
-        except (PyambientError, OSError) as error:
-            _log.error("cannot clean up after a pod", pod=str(record.pod), error=str(error))
+        await self._until_done(record, partial(self.enrolments.clean_up, record))
 
-    async def _attempt(
-        self, action: Callable[[Enrolled], Awaitable[object]], enrolled: Enrolled
+    async def _free(
+        self, enrolled: Enrolled, action: Callable[[Enrolled], Awaitable[object]]
     ) -> None:
-        """Do something that nobody waits for."""
-        try:
-            await action(enrolled)
-        except (PyambientError, OSError) as error:
-            _log.error("cannot free a pod", pod=str(enrolled.record.pod), error=str(error))
+        await self._until_done(enrolled.record, partial(action, enrolled))
+
+    async def _until_done(self, record: Record, action: Callable[[], Awaitable[object]]) -> None:
+        """Free a pod, which nobody waits for; what fails is said once and tried again."""
+        reason = ""
+        while True:
+            try:
+                await action()
+                break
+            except (PyambientError, OSError) as error:
+                if str(error) != reason:
+                    reason = str(error)
+                    _log.error("cannot free a pod", pod=str(record.pod), error=reason)
+            await trio.sleep(self._settings.round_pause)
 
     def __repr__(self) -> str:
         return f"<Agent in {self._settings.run_dir.path} {self.enrolments!r}>"

@@ -78,7 +78,8 @@ _log = get_logger("enrolment")
 class Enrolments:
     """All pods of this agent; `held` is called for each one when it is enrolled or adopted.
 
-    `replaced` are records of former agents whose namespace another one has replaced.
+    `unfinished` are records of former agents whose namespace is gone: another one has replaced
+    it, or what is left of it could not be undone yet.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Enrolments:
         self._kernel = KernelQueue()
         self._switch = Switch(store, proxies, self._kernel)
         self._pods: dict[str, Enrolled] = {}
-        self.replaced: list[Record] = []
+        self.unfinished: list[Record] = []
 
     def all(self) -> list[Enrolled]:
         """The pods held, sorted by namespace and name."""
@@ -155,10 +156,12 @@ class Enrolments:
             if plan.backend == before.backend:
                 return await self._change(enrolled, request.choices)
             await self._check_newest_proxy(plan.backend)
-            await self._switch.to(enrolled, plan, options)
+            try:
+                await self._switch.to(enrolled, plan, options)
+            finally:
+                enrolled.switched.set()
             await self._end_older_queries(enrolled)
         _log.info("switched", pod=str(before.pod), before=before.backend, now=plan.backend)
-        enrolled.switched.set()
         return enrolled.record
 
     async def _check_newest_proxy(self, backend: str) -> None:
@@ -181,14 +184,35 @@ class Enrolments:
         return dataclasses.replace(self._settings.site, cgroup=cgroup)
 
     async def tidy(self, enrolled: Enrolled) -> None:
-        """After each change of the backend, take away what its connections needed; for ever."""
+        """After each change of the backend, take away what its connections needed; for ever.
+
+        What cannot be taken away is tried again.
+        """
+        reason = ""
         while True:
+            enrolled.switched = trio.Event()
             if enrolled.record.leaving:
                 await self._switch.settle(enrolled, self._settings.drain_timeout)
-                async with enrolled.turn:
-                    await self._switch.tidy(enrolled)
-            await enrolled.switched.wait()
-            enrolled.switched = trio.Event()
+                failure = await self._tidy_once(enrolled)
+                if failure not in ("", reason):
+                    pod = str(enrolled.record.pod)
+                    _log.error("cannot take a former backend away", pod=pod, error=failure)
+                reason = failure
+            if not enrolled.record.leaving:
+                await enrolled.switched.wait()
+            elif not enrolled.switched.is_set():
+                await trio.sleep(self._settings.round_pause)
+
+    async def _tidy_once(self, enrolled: Enrolled) -> str:
+        """Why it failed; nothing is done if yet another backend has come meanwhile."""
+        async with enrolled.turn:
+            if enrolled.freed.is_set() or enrolled.switched.is_set():
+                return ""
+            try:
+                await self._switch.tidy(enrolled)
+            except (PyambientError, OSError) as error:
+                return str(error)
+        return ""
 
     async def _enrol(self, enrolled: Enrolled) -> None:
         site = self._settings.site
@@ -235,6 +259,7 @@ class Enrolments:
             await self._free(enrolled, drain_timeout=0)
         except (PyambientError, OSError) as error:
             _log.error("could not undo everything", pod=str(enrolled.record.pod), error=str(error))
+            self._held(enrolled)  # which tries it again
 
     async def unenrol(self, enrolled: Enrolled, drain_timeout: float | None = None) -> int | None:
         """Free the pod; how many connections had to be cut, None if nobody could tell."""
@@ -291,17 +316,31 @@ class Enrolments:
         netns = find(record.netns)
         if netns is None:
             if record.state is State.ENROLLED and is_replaced(record.netns):
-                self.replaced.append(record)
+                self.unfinished.append(record)
             else:
-                await self.clean_up(record)
+                await self._clean_up_or_leave(record)
             return
         enrolled = self._pods[record.pod.uid] = Enrolled(record, netns)
         if record.state is State.ENROLLING:
-            await self.unenrol(enrolled, drain_timeout=0)
+            await self._unenrol_or_hold(enrolled)
             return
         await self._proxies.adopt(record.pod, netns, enrolled.details)
         self._held(enrolled)
         _log.info("took over", pod=str(record.pod), netns=record.netns.label)
+
+    async def _clean_up_or_leave(self, record: Record) -> None:
+        try:
+            await self.clean_up(record)
+        except (PyambientError, OSError):
+            self.unfinished.append(record)
+            raise
+
+    async def _unenrol_or_hold(self, enrolled: Enrolled) -> None:
+        try:
+            await self.unenrol(enrolled, drain_timeout=0)
+        except (PyambientError, OSError):
+            self._held(enrolled)
+            raise
 
     async def clean_up(self, record: Record) -> None:
         """Undo what is left of a pod that is gone, and forget it."""

@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from pyambient.errors import UsageError
+from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Plan, Replacing, Site, Stage, Step
 from pyambient.intercept.options import CaptureOptions
@@ -88,7 +88,7 @@ class Switch:
             await trio.sleep(patience)  # a proxy that cannot be asked
 
     async def tidy(self, enrolled: Enrolled) -> None:
-        """Undo what a former backend left."""
+        """Undo what another backend left; what cannot be undone stays under `leaving`."""
         await self._kernel.run(_tidy, enrolled, self._store)
 
 
@@ -126,13 +126,24 @@ def _begin(
 
 
 def _take_back(enrolled: Enrolled, before: Record, added: list[Step], store: RecordStore) -> None:
-    """Undo what was added, and apply again what it had taken the place of."""
+    """Undo what was added, and apply again what it had taken the place of.
+
+    What cannot be undone now is `leaving`. Nothing is raised: what the caller has to tell is why
+    there is something to undo at all.
+    """
     pod = enrolled.target
+    recorded = [step for step in enrolled.record.steps if step in added]
+    stuck: tuple[Step, ...] = ()
     try:
-        undo_stages(pod, added)
-    finally:
-        write(enrolled, before, store)
-    apply_recorded(enrolled, [step for step, _ in lost(pod, before.steps)], store)
+        undo_stages(pod, recorded)
+    except StepFailed as failure:
+        stuck = failure.steps
+        _log.error("a backend that failed stays", pod=str(before.pod), error=str(failure))
+    try:
+        write(enrolled, before.changed(leaving=(*before.leaving, *stuck)), store)
+        apply_recorded(enrolled, [step for step, _ in lost(pod, before.steps)], store)
+    except (PyambientError, OSError) as error:
+        _log.error("the former backend is not whole", pod=str(before.pod), error=str(error))
 
 
 def _withdraw(

@@ -7,23 +7,26 @@ in the pods, and nobody behind them.
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from pyambient.agent import interception
+from pyambient.agent import enrolment, interception, switch
 from pyambient.agent.agent import Agent
 from pyambient.agent.client import ask
 from pyambient.agent.config import AgentSettings, RunDir
 from pyambient.agent.lock import AgentLock
 from pyambient.agent.records import Record, RecordStore
 from pyambient.errors import PyambientError
-from pyambient.intercept.interface import Pod, Step
+from pyambient.intercept.interface import Pod, Stage, Step
+from pyambient.intercept.runner import ALL_STAGES
 from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
@@ -34,10 +37,11 @@ from pyambient.proxy.worker import NETFILTER_BACKENDS
 from pyambient.proxy.zds_client import serve_zds
 from pyambient.zds.details import Explain, PodDetails
 from tests.bed import Bed, BedPod, Channel, Child
+from tests.bed.patience import patience
 
 from .small_dns import SmallForwarder
 
-_PATIENCE = 20.0
+_PATIENCE = patience(20)
 
 
 class Rig:
@@ -52,9 +56,15 @@ class Rig:
         )
         self.run_dir.prepare()
 
-    def start_agent(self, sabotage: Callable[[], None] | None = None) -> Child:
-        """An agent that answers; `sabotage` is called in it right after each applied step."""
-        agent = self.bed.node.spawn(_run_agent, self.settings, sabotage, uid=0, gid=0)
+    def start_agent(
+        self, sabotage: Callable[[], None] | None = None, *, undoing: bool = False
+    ) -> Child:
+        """An agent that answers; `sabotage` is called in it right after each applied step.
+
+        And after each one that is undone, if it is about `undoing`, too.
+        """
+        arguments = (self.settings, sabotage, undoing)
+        agent = self.bed.node.spawn(_run_agent, *arguments, uid=0, gid=0)
         assert agent.receive() == "ready"
         return agent
 
@@ -67,8 +77,8 @@ class Rig:
     ) -> Child:
         """A proxy that is about to connect, and refuses the pods of these names.
 
-        One that is slow to drain waits until it is told "drained". "calls" asks for what it was
-        told so far, "forget" empties that.
+        One that is slow to drain, or to settle, waits until it is told "drained". "calls" asks for
+        what it was told so far, "forget" empties that.
         """
         cgroup = self.bed.cgroup.proxy if in_cgroup else None
         self.bed.cgroup.proxy.mkdir(exist_ok=True)
@@ -143,13 +153,56 @@ class DieAfter:
             os._exit(9)
 
 
+class Fuse:
+    """Ends processes by SIGKILL so many steps after it was lit, in whatever process inherited it.
+
+    Not lit, or burnt out, it does nothing.
+    """
+
+    def __init__(self, *, agent: bool, proxies: Path | None) -> None:
+        """Whether the agent that calls it is to end, and what runs in this cgroup."""
+        self._agent = agent
+        self._proxies = proxies
+        self._left = mmap.mmap(-1, 4)
+
+    @property
+    def left(self) -> int:
+        """After how many steps more it will happen; 0 if it will not."""
+        return int.from_bytes(self._left[:])
+
+    def light(self, steps: int) -> None:
+        self._left[:] = steps.to_bytes(4)
+
+    def __call__(self) -> None:
+        left = self.left
+        self.light(max(left - 1, 0))
+        if left == 1:
+            if self._proxies is not None:
+                _kill_members(self._proxies)
+            if self._agent:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_members(cgroup: Path) -> None:
+    """End what runs in a cgroup, and return when it has ended."""
+    while pids := (cgroup / "cgroup.procs").read_text().split():
+        for pid in map(int, pids):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+
+
 def _run_agent(
-    channel: Channel, settings: AgentSettings, sabotage: Callable[[], None] | None
+    channel: Channel,
+    settings: AgentSettings,
+    sabotage: Callable[[], None] | None,
+    undoing: bool,  # noqa: FBT001 - not called by its name
 ) -> None:
     log = (settings.run_dir.path / "log").open("a", buffering=1)
     configure("json", "info", lambda line: print(line, file=log))
     if sabotage is not None:
         _call_after_each_step(sabotage)
+        if undoing:
+            _call_after_each_undone(sabotage)
     with AgentLock(settings.run_dir):
         trio.run(_agent, channel, settings)
 
@@ -163,6 +216,22 @@ def _call_after_each_step(sabotage: Callable[[], None]) -> None:
         return applied
 
     interception.apply_stages = apply_and_more
+
+
+def _call_after_each_undone(sabotage: Callable[[], None]) -> None:
+    undo = interception.undo_stages
+
+    def undo_and_more(
+        pod: Pod, recorded: Iterable[Step], stages: Collection[Stage] = ALL_STAGES
+    ) -> None:
+        for stage in sorted(stages, reverse=True):
+            for step in reversed(tuple(recorded)):
+                if step.stage is stage:
+                    undo(pod, (step,))
+                    sabotage()
+
+    for module in (interception, enrolment, switch):
+        module.undo_stages = undo_and_more
 
 
 async def _agent(channel: Channel, settings: AgentSettings) -> None:
@@ -263,6 +332,7 @@ class _SmallProxy:
 
     async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
         self._calls.append(f"settle {uid} {timeout:g}")
+        await self.drained.wait()
         return 0
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's

@@ -10,9 +10,9 @@ from pyambient.agent.interception import free
 from pyambient.agent.records import State
 from pyambient.errors import PyambientError
 from pyambient.intercept.interface import to_record
-from tests.bed import BedPod, changes, kernel_state
+from tests.bed import BedPod, bpf, changes, kernel_state
 
-from .rig import DieAfter, Rig
+from .rig import DieAfter, FailAfter, Rig
 
 
 def test_any_process_can_undo_a_crash_after_any_step(rig: Rig, backend: str) -> None:
@@ -163,3 +163,26 @@ def test_a_change_of_choices_is_completed_by_the_next_agent(rig: Rig, backend: s
     for one in (pod, other):
         rig.ask("unenroll", netns=one.path, drain_timeout=0)
     assert changes(before, kernel_state(pod, other)) == []
+
+
+def test_what_could_not_be_undone_is_tried_again(rig: Rig) -> None:
+    """A failed enrolment, a half-done one, a pod that is gone: nobody has to start an agent."""
+    one, two, gone = (rig.bed.pod(name) for name in ("one", "two", "gone"))
+    clean = kernel_state(one, two)
+    agent = rig.start_agent()
+    rig.start_proxy()
+    rig.enroll(gone)
+    agent.kill()
+    dying = rig.start_agent(sabotage=DieAfter(9))
+    rig.wait_for_proxies()
+    assert _dies(rig, one, "bpf")
+    assert not dying.alive
+    rig.bed.remove_pod(gone)
+    with bpf.read_only():
+        rig.start_agent(sabotage=FailAfter(1))
+        rig.wait_for_proxies()
+        assert set(rig.records()) == {"one", "gone"}
+        assert _dies(rig, two, "bpf")
+        rig.wait_until(lambda: len(rig.logged("cannot free a pod")) == 3)
+    rig.wait_until(lambda: rig.records() == {})
+    assert changes(clean, kernel_state(one, two)) == []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyambient.errors import PyambientError, UsageError
-from tests.bed import BedPod, changes, kernel_state
+from tests.bed import BedPod, bpf, changes, kernel_state
 
 from .rig import DieAfter, FailAfter, Rig
 from .test_enrolment import problems
@@ -175,4 +175,79 @@ def test_two_that_cannot_be_side_by_side(rig: Rig, before: str, after: str) -> N
     _switch(rig, pod, "nftables")
     rig.wait_until(lambda: rig.records()["one"].leaving == ())
     assert _switch(rig, pod, after)["backend"] == after
+    assert problems(rig, pod) == []
+
+
+class _FailForGood:
+    """Fails once after so many steps, and what was done cannot be undone then."""
+
+    def __init__(self, steps: int) -> None:
+        self._fail = FailAfter(steps)
+
+    def __call__(self) -> None:
+        try:
+            self._fail()
+        except PyambientError:
+            bpf.make_read_only()
+            raise
+
+
+@pytest.mark.parametrize(("before", "steps"), [("nftables", 3), ("iptables", 20)])
+def test_what_a_failed_switch_cannot_undo_is_not_forgotten(
+    rig: Rig, before: str, steps: int
+) -> None:
+    """It is told why the switch failed; what it left is recorded, and goes when it can."""
+    one, two = rig.bed.pod("one"), rig.bed.pod("two")
+    agent = rig.start_agent()
+    rig.start_proxy()
+    for pod in (one, two):
+        rig.enroll(pod, before)
+    enrolled = kernel_state(one, two)
+    agent.kill()
+    rig.start_agent(sabotage=_FailForGood(steps))
+    rig.wait_for_proxies()
+    with bpf.writable_in_the_end():
+        assert _failure(rig, one, "bpf") == "told to fail"
+        record = rig.records()["one"]
+        assert record.backend == before
+        assert "bpf-node" in [step.kind for step in record.leaving]
+        assert [problems(rig, pod) for pod in (one, two)] == [[], []]
+        rig.wait_until(lambda: rig.logged("cannot take a former backend away"))
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    assert changes(enrolled, kernel_state(one, two)) == []
+
+
+def test_a_former_backend_that_stays_is_taken_away_later(rig: Rig) -> None:
+    """Nothing tried that again until the agent was started anew."""
+    one, two = rig.bed.pod("one"), rig.bed.pod("two")
+    rig.start_agent()
+    clean = kernel_state(one, two)
+    proxy = rig.start_proxy(slow_to_drain=True)
+    for pod in (one, two):
+        rig.enroll(pod, "bpf")
+    _switch(rig, one, "nftables")
+    with bpf.read_only():
+        assert proxy.ask("drained")
+        rig.wait_until(lambda: rig.logged("cannot take a former backend away"))
+        assert rig.records()["one"].leaving
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    assert len(rig.logged("cannot take a former backend away")) == 1
+    assert [problems(rig, pod) for pod in (one, two)] == [[], []]
+    for pod in (one, two):
+        rig.ask("unenroll", netns=pod.path, drain_timeout=0)
+    assert changes(clean, kernel_state(one, two)) == []
+
+
+def test_connections_of_the_last_backend_are_waited_for_as_well(rig: Rig) -> None:
+    """A switch while the one before settles: its leftovers went when the former's did."""
+    pod = rig.bed.pod("one")
+    rig.start_agent()
+    proxy = rig.start_proxy(slow_to_drain=True)
+    rig.enroll(pod, "bpf")
+    _switch(rig, pod, "nftables")
+    rig.wait_until(lambda: "settle one 30" in proxy.ask("calls"))
+    _switch(rig, pod, "iptables")
+    assert proxy.ask("drained")
+    rig.wait_until(lambda: rig.records()["one"].leaving == ())
+    assert proxy.ask("calls").count("settle one 30") == 2
     assert problems(rig, pod) == []

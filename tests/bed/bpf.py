@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import platform
 import struct
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -85,3 +87,27 @@ def remove_pins() -> None:
             path.rmdir()
         elif path.name not in KERNELS_OWN:
             path.unlink()
+
+
+@contextlib.contextmanager
+def read_only() -> Iterator[None]:
+    """Let nothing be pinned or unpinned for a while; what is pinned works on."""
+    with writable_in_the_end():
+        make_read_only()
+        yield
+
+
+@contextlib.contextmanager
+def writable_in_the_end() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _remount("rw")
+
+
+def make_read_only() -> None:
+    _remount("ro")
+
+
+def _remount(mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,bind,{mode}", str(_BPFFS)], check=True)

@@ -26,9 +26,12 @@ _SYSCTLS = (
 )
 # Packets counted by a chain's policy are no change of anything.
 _UNCOUNTED = r"sed 's/ \[[0-9]*:[0-9]*\]$//'"
+# Nor is a connection that waits to be accepted.
+_UNQUEUED = "awk '{ $3 = \"\" } 1'"
+_OURS_BY_PORT = " or ".join(f"sport = :{port}" for port in RESERVED_PORTS)
 _OF_BOTH = {
     "rules": "ip -4 rule show; ip -6 rule show",
-    "listeners": "ss -Hltun " + " or ".join(f"sport = :{port}" for port in RESERVED_PORTS),
+    "listeners": f"ss -Hltun {_OURS_BY_PORT} | {_UNQUEUED}",
     "nft": "nft -s list ruleset",
     "iptables": f"iptables-legacy-save | {_UNCOUNTED}; ip6tables-legacy-save | {_UNCOUNTED}",
 }
