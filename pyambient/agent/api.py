@@ -29,8 +29,8 @@ from .explain import Inquiry, completed, explain
 from .proxies import Proxies
 from .reconcile import Rounds
 from .status import describe
+from .unix_socket import serve
 from .verify import verify
-from .zds_server import listen
 
 # Two lists of 10,000 CIDRs for each direction.
 REQUEST_LIMIT: Final = 2 << 20
@@ -60,18 +60,11 @@ class Api:
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Answer at `path` for ever; started when it listens."""
-        with listen(path, socket.SOCK_STREAM) as listener:
-            async with trio.open_nursery() as nursery:
-                task_status.started()
-                while True:
-                    connection, _ = await listener.accept()
-                    if len(nursery.child_tasks) < MAX_CLIENTS:
-                        nursery.start_soon(self._serve_client, trio.SocketStream(connection))
-                    else:
-                        connection.close()
+        kind = socket.SOCK_STREAM
+        await serve(path, kind, MAX_CLIENTS, self._serve_client, task_status=task_status)
 
-    async def _serve_client(self, stream: trio.SocketStream) -> None:
-        async with stream:
+    async def _serve_client(self, connection: trio.socket.SocketType) -> None:
+        async with trio.SocketStream(connection) as stream:
             lines = _Lines(stream)
             try:
                 while (line := await lines.next()) is not None:

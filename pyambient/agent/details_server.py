@@ -29,7 +29,8 @@ from pyambient.zds.details import (
     encode_question,
 )
 
-from .zds_server import EXCHANGE_TIMEOUT, MAX_PROXIES, listen, peer_pid
+from .unix_socket import peer_pid, serve
+from .zds_server import EXCHANGE_TIMEOUT, MAX_PROXIES
 
 # How long a proxy's ZDS connection waits for its details connection; a foreign one has none.
 INTRODUCTION_TIMEOUT: Final = 1.0
@@ -106,17 +107,11 @@ class DetailsServer:
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Accept proxies at `path`, for ever; started when it listens."""
-        with listen(path, socket.SOCK_SEQPACKET) as listener:
-            async with trio.open_nursery() as nursery:
-                task_status.started()
-                while True:
-                    connection, _ = await listener.accept()
-                    if len(nursery.child_tasks) < MAX_PROXIES:
-                        nursery.start_soon(self._serve_proxy, DetailsPeer(connection))
-                    else:
-                        connection.close()
+        kind = socket.SOCK_SEQPACKET
+        await serve(path, kind, MAX_PROXIES, self._serve_proxy, task_status=task_status)
 
-    async def _serve_proxy(self, peer: DetailsPeer) -> None:
+    async def _serve_proxy(self, connection: trio.socket.SocketType) -> None:
+        peer = DetailsPeer(connection)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._greet, peer)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import array
 import contextlib
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -40,27 +39,11 @@ from pyambient.zds.messages import (
 )
 from pyambient.zds.session import AgentSession
 
+from .unix_socket import peer_pid, serve
+
 EXCHANGE_TIMEOUT: Final = 5.0
 MAX_PROXIES: Final = 16
-_BACKLOG: Final = 16
-_UCRED: Final = struct.Struct("iII")
 _log = get_logger("zds")
-
-
-def listen(path: Path, kind: socket.SocketKind) -> trio.socket.SocketType:
-    """A unix socket that listens at `path` for root alone; a stale one there is removed."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(_BACKLOG)
-    return trio.socket.from_stdlib_socket(listener)
-
-
-def peer_pid(connection: trio.socket.SocketType) -> int:
-    """The process that connected, by the kernel's word (SO_PEERCRED)."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return int(_UCRED.unpack(raw)[0])
 
 
 class ProxyPeer:
@@ -141,18 +124,11 @@ class ZdsServer:
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Accept proxies at `path`, for ever; started when it listens."""
-        with listen(path, socket.SOCK_SEQPACKET) as listener:
-            async with trio.open_nursery() as nursery:
-                task_status.started()
-                while True:
-                    connection, _ = await listener.accept()
-                    if len(self.proxies) >= MAX_PROXIES:
-                        _log.warning("too many proxies are connected", limit=MAX_PROXIES)
-                        connection.close()
-                        continue
-                    nursery.start_soon(self._serve_proxy, ProxyPeer(connection))
+        kind = socket.SOCK_SEQPACKET
+        await serve(path, kind, MAX_PROXIES, self._serve_proxy, task_status=task_status)
 
-    async def _serve_proxy(self, peer: ProxyPeer) -> None:
+    async def _serve_proxy(self, connection: trio.socket.SocketType) -> None:
+        peer = ProxyPeer(connection)
         self.proxies.append(peer)
         try:
             async with trio.open_nursery() as nursery:
