@@ -1,7 +1,7 @@
 """Asking the kernel for one TCP socket by its addresses (sock_diag(7), inet_diag).
 
-pyroute2's `DiagSocket` can only dump every socket of the namespace; the answer here must come
-before a proxy that refuses the connection has closed it, so this asks for exactly one.
+For exactly one, not for a list: the answer must come before a proxy that refuses the connection has
+closed it.
 
 The kernel answers by the look-up that a segment from outside would meet: where no connection has
 these addresses, it finds the listener that would get one, and sk_lookup programs have their say.
@@ -13,15 +13,13 @@ import socket
 import struct
 from typing import Final, NamedTuple
 
+from pyambient.intercept.netlink_socket import NetlinkSocket
 from pyambient.model.address import SocketAddress, canonical_ip
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
-_NLM_F_REQUEST: Final = 1
-_NLMSG_ERROR: Final = 2
 _TCP_LISTEN: Final = 10
 _ANY_STATE: Final = 0xFFFFFFFF
-_HEADER: Final = struct.Struct("=IHHII")
 # inet_diag_req_v2: family, protocol, extensions, padding, states; then the socket's id.
 _REQUEST: Final = struct.Struct("=BBBBI")
 # inet_diag_msg: family, state, timer, retransmits; then the socket's id.
@@ -30,7 +28,6 @@ _PORTS: Final = struct.Struct("!HH")
 _NO_COOKIE: Final = struct.pack("=II", 0xFFFFFFFF, 0xFFFFFFFF)
 # Behind family and state: the socket's id, expiry, two queues, the owner.
 _INODE_AT: Final = 4 + 48 + 16
-_BUFFER: Final = 4096
 
 
 class Listener(NamedTuple):
@@ -51,8 +48,7 @@ class SocketDiagnosis:
     """A sock_diag socket of the namespace that the calling thread is in; needs no privilege."""
 
     def __init__(self) -> None:
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
+        self._kernel = NetlinkSocket(None, _NETLINK_SOCK_DIAG)
 
     def connected(self, local: SocketAddress, remote: SocketAddress) -> bool:
         """Whether a TCP socket with just these two addresses exists here, in any state."""
@@ -72,25 +68,24 @@ class SocketDiagnosis:
         return Listener(found.local.port, found.inode)
 
     def _find(self, local: SocketAddress, remote: SocketAddress, device: int = 0) -> _Found | None:
-        self._socket.send(_question(local, remote, device))
-        answer = self._socket.recv(_BUFFER)
-        if _HEADER.unpack_from(answer)[1] == _NLMSG_ERROR:
+        try:
+            body = self._kernel.get(_SOCK_DIAG_BY_FAMILY, _question(local, remote, device))
+        except OSError:
             return None
-        body = answer[_HEADER.size :]
+        if body is None:
+            return None
         family, state, _, _ = _ANSWER.unpack_from(body)
         (inode,) = struct.unpack_from("=I", body, _INODE_AT)
         return _Found(*_addresses(family, body[_ANSWER.size :]), state, inode)
 
     def close(self) -> None:
-        self._socket.close()
+        self._kernel.close()
 
 
 def _question(local: SocketAddress, remote: SocketAddress, device: int) -> bytes:
     body = _REQUEST.pack(local.family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE)
     body += _PORTS.pack(local.port, remote.port) + _packed(local) + _packed(remote)
-    body += struct.pack("=I", device) + _NO_COOKIE
-    size = _HEADER.size + len(body)
-    return _HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body
+    return body + struct.pack("=I", device) + _NO_COOKIE
 
 
 def _packed(address: SocketAddress) -> bytes:

@@ -35,8 +35,11 @@ class Message(NamedTuple):
 class NetlinkSocket:
     """A socket of one netlink family; close it when done. OSError is the kernel's word."""
 
-    def __init__(self, netns: Netns, protocol: int) -> None:
-        self._socket = netns.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    def __init__(self, netns: Netns | None, protocol: int) -> None:
+        """Without a `netns`, in that of the calling thread: to enter one takes privileges."""
+        make = socket.socket if netns is None else netns.socket
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = make(socket.AF_NETLINK, kind, protocol)
         self._sequence = 0
 
     def change(self, kind: int, flags: int, body: bytes) -> None:
