@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -14,17 +16,24 @@ INTERVAL: Final = 10.0
 class Seldom:
     """Logs one warning per `interval` seconds; it says how often it was due since the last one."""
 
-    def __init__(self, log: FilteringBoundLogger, message: str, interval: float = INTERVAL) -> None:
+    def __init__(
+        self,
+        log: FilteringBoundLogger,
+        message: str,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._log = log
         self._message = message
         self._interval = interval
+        self._clock = clock
         self._count = 0
-        self._quiet_until = 0.0
+        self._quiet_until = -math.inf
 
     def warn(self, **fields: Any) -> None:
         """It happened again; `fields` are logged if this one is."""
         self._count += 1
-        now = time.monotonic()
+        now = self._clock()
         if now < self._quiet_until:
             return
         self._quiet_until = now + self._interval

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 from pyambient.engine.reservoir import Reservoir
 from pyambient.observe.logs import get_logger
+from pyambient.observe.seldom import Seldom
 
 _log = get_logger("budgets")
-_SAY_EVERY = 10.0
 # Descriptors that are no connection's: listeners, namespaces, tunnels, the loop's own.
 _OTHER_DESCRIPTORS = 512
 _SOURCES_MAX = 4096
@@ -96,18 +96,16 @@ class Budgets:
         self.handshakes = 0
         self.handshakes_of: Counter[str] = Counter()
         self.buffered = Reservoir(self.limits.buffered)
-        self._clock = clock
+        self.clock = clock
         self._all_sources = Bucket(self.limits.total_burst, self.limits.total_rate, clock())
         self._sources: OrderedDict[str, Bucket] = OrderedDict()
-        self._said: dict[tuple[str, str], float] = {}
-        self._unsaid: Counter[tuple[str, str]] = Counter()
 
     def pod(self, name: str) -> PodBudget:
         return PodBudget(self, name)
 
     def source_may(self, source: str) -> bool:
         """Whether `source`, an address, may begin another handshake."""
-        now = self._clock()
+        now = self.clock()
         bucket = self._sources.get(source)
         if bucket is None:
             bucket = Bucket(self.limits.source_burst, self.limits.source_rate, now)
@@ -116,22 +114,6 @@ class Budgets:
                 self._sources.popitem(last=False)
         self._sources.move_to_end(source)
         return bucket.take(now) and self._all_sources.take(now)
-
-    def refuse(self, pod: str, budget: str) -> None:
-        """Count a refusal, and say so if that has not been said lately."""
-        self.refused[budget] += 1
-        key, now = (pod, budget), self._clock()
-        self._unsaid[key] += 1
-        if now - self._said.get(key, -_SAY_EVERY) >= _SAY_EVERY:
-            self._said[key] = now
-            count = self._unsaid.pop(key)
-            _log.warning("budget used up, refusing", pod=pod, budget=budget, refused=count)
-
-    def forget(self, pod: str) -> None:
-        """The pod is gone."""
-        for key in [key for key in self._said if key[0] == pod]:
-            del self._said[key]
-            self._unsaid.pop(key, None)
 
     def __repr__(self) -> str:
         return f"<Budgets: {self.descriptors} of {self.limits.descriptors} descriptors>"
@@ -142,11 +124,23 @@ class PodBudget:
 
     def __init__(self, whole: Budgets, name: str) -> None:
         self.name = name
+        self.refused: Counter[str] = Counter()
         self.descriptors = 0
         self.handshakes = 0
         self.buffered = Reservoir(whole.limits.pod_buffered, whole.buffered)
-        self.buffered.on_full = lambda: whole.refuse(name, BUFFERED)
+        self.buffered.on_full = lambda: self.refuse(BUFFERED)
         self._whole = whole
+        self._warnings: dict[str, Seldom] = {}
+
+    def refuse(self, budget: str) -> None:
+        """Count a refusal, and say so if that has not been said lately."""
+        self.refused[budget] += 1
+        self._whole.refused[budget] += 1
+        if budget not in self._warnings:
+            self._warnings[budget] = Seldom(
+                _log, "budget used up, refusing", clock=self._whole.clock
+            )
+        self._warnings[budget].warn(pod=self.name, budget=budget)
 
     def may_take(self, descriptors: int) -> bool:
         """Whether there are so many for another connection; if not, refuse it."""
@@ -156,7 +150,7 @@ class PodBudget:
             and whole.descriptors + descriptors <= limits.descriptors
         ):
             return True
-        whole.refuse(self.name, DESCRIPTORS)
+        self.refuse(DESCRIPTORS)
         return False
 
     def take(self, count: int) -> None:
@@ -182,7 +176,7 @@ class PodBudget:
             whole.handshakes += 1
             whole.handshakes_of[source] += 1
             return ""
-        whole.refuse(self.name, refused)
+        self.refuse(refused)
         return refused
 
     def end_handshake(self, source: str) -> None:
@@ -192,9 +186,6 @@ class PodBudget:
         whole.handshakes_of[source] -= 1
         if not whole.handshakes_of[source]:
             del whole.handshakes_of[source]
-
-    def close(self) -> None:
-        self._whole.forget(self.name)
 
     def __repr__(self) -> str:
         return f"<PodBudget of {self.name}: {self.descriptors} descriptors, {self.buffered!r}>"

@@ -176,6 +176,10 @@ class Pod:
         return sum(connection in self.scope.live for connection in present)
 
     def status(self) -> dict[str, Any]:
+        """For people and programs, as JSON values; what is counted begins with this proxy.
+
+        `refused` is by budget, `dns` is None where no DNS of the pod's comes here.
+        """
         scope = self.scope
         certificate = scope.worker.certificates.current(scope.identity)
         return {
@@ -183,6 +187,8 @@ class Pod:
             "connections": len(scope.live),
             "draining": self.draining,
             "certificate_expires": certificate.not_after.isoformat() if certificate else None,
+            "refused": dict(scope.budget.refused),
+            "dns": self.forwarder.status() if self.forwarder is not None else None,
         }
 
     def __repr__(self) -> str:
@@ -238,7 +244,6 @@ class Pods:
             self._end(ref.uid, "internal error")
         finally:
             scope.release_stock()
-            scope.budget.close()
             netns.close()
 
     async def remove(self, uid: str) -> None:

@@ -51,6 +51,25 @@ def test_apps_of_both_pods_get_the_answers_of_the_resolver_they_ask(
         assert [one.ident for one in seen] != list(_IDENTS)
 
 
+def test_status_counts_each_pods_queries(
+    pair: Pair, server: Child, address: SocketAddress, family: str
+) -> None:
+    """Answered ones and malformed ones of one pod; the other's numbers stay."""
+
+    def counted() -> dict[str, dict[str, int]]:
+        return {pod["name"]: pod["proxy"]["dns"] for pod in pair.mesh.status()["pods"]}
+
+    before = counted()
+    queries = [build.query(ident) for ident in _IDENTS]
+    two_questions = queries[0][:4] + b"\0\2" + queries[0][6:]
+    pair.client.run(resolver.ask, address, two_questions, *queries)
+    after = counted()
+    assert after["server"] == before["server"]
+    added = {name: count - before["client"][name] for name, count in after["client"].items()}
+    expected = {"queries": len(queries), "answered": len(queries), "malformed": 1}
+    assert {name: count for name, count in added.items() if count} == expected
+
+
 def test_a_connection_carries_several_queries(
     pair: Pair, server: Child, address: SocketAddress, family: str
 ) -> None:

@@ -163,18 +163,18 @@ def test_a_refusal_gives_back_what_the_pod_had_not_taken():
 
 def test_a_flood_of_refusals_is_one_line_with_their_number(budgets, clock):
     """The log says which pod and budget, at once and then every ten seconds."""
-    lines = []
+    pod, lines = budgets.pod("default/pod"), []
     configure("plain", "info", lines.append)
     try:
         for second in range(11):
             clock.now = float(second)
             for _ in range(100):
-                budgets.refuse("default/pod", DESCRIPTORS)
+                pod.refuse(DESCRIPTORS)
     finally:
         configure("plain")
     assert len(lines) == 2
     assert "default/pod" in lines[0]
-    assert "refused=1000" in lines[1]
+    assert "times=1000" in lines[1]
     assert budgets.refused[DESCRIPTORS] == 1100
 
 
@@ -201,6 +201,7 @@ def test_a_peer_over_its_rate_is_closed_before_any_tls(bed, tmp_path):
                 peer.recv(1)
         for peer in peers:
             peer.close()
+        assert rig.pods.status("server")["refused"] == {HANDSHAKE_RATE: 2}
         budget = rig.pods._pods["server"].scope.budget
         await until(lambda: not budget.handshakes and not budget.descriptors)
 

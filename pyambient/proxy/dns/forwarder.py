@@ -24,6 +24,8 @@ waits for what was in flight when the drain began.
 
 from __future__ import annotations
 
+import dataclasses
+
 from pyambient.engine.accept import Listener
 from pyambient.intercept.original_dns import ResolverLookup
 from pyambient.model.numbers import DNS_PORT
@@ -64,6 +66,10 @@ class Forwarder:
     def dropped(self) -> int:
         """How many queries were over the budget."""
         return self._scope.share.dropped
+
+    def status(self) -> dict[str, int]:
+        """What became of the queries so far."""
+        return {**dataclasses.asdict(self.counters), "dropped": self.dropped}
 
     def use(self, lookup: ResolverLookup) -> None:
         """Take over another `lookup`: the pod's interception has changed."""
