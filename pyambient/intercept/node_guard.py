@@ -12,9 +12,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import ClassVar, Final
 
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
@@ -25,7 +23,9 @@ from .egress_guard import sign_of
 from .guard_maps import COUNTS, LAST, keep_new, opened
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
-from .rtnetlink import routing
+from .rtnetlink import routes
+
+_VETH: Final = "veth"
 
 
 @functools.cache
@@ -84,9 +84,9 @@ class NodeGuard(DeviceProgram):
 
     def remove_filter(self, netns: Netns) -> None:
         """Only where the device is still there: another may have its index by now."""
-        with routing(netns) as kernel:
-            kinds = [kind_of(link) for link in kernel.get_links() if link["index"] == self.index]
-        if kinds == ["veth"]:
+        with routes(netns) as kernel:
+            found = kernel.pairing(index=self.index)
+        if found is not None and found.kind == _VETH:
             DeviceProgram.remove_filter(self, netns)
 
 
@@ -95,25 +95,12 @@ def peer_index(netns: Netns, device: str) -> int | None:
 
     The node's network namespace is the one that the calling thread is in.
     """
-    with routing(netns) as kernel:
-        try:
-            (link,) = kernel.link("get", ifname=device)
-        except NetlinkError:
-            return None
-    index = link.get_attr("IFLA_LINK")
-    if kind_of(link) != "veth" or not index:
+    with routes(netns) as kernel:
+        end = kernel.pairing(name=device)
+    if end is None or end.kind != _VETH:
         return None
-    with Netns.own() as node, routing(node) as kernel:
-        try:
-            (peer,) = kernel.link("get", index=index)
-        except NetlinkError:
-            return None
-        known_as = kernel.get_netnsid(fd=netns.fd)["nsid"]
+    with Netns.own() as node, routes(node) as kernel:
+        peer, known_as = kernel.pairing(index=end.peer), kernel.number_of(netns)
     # An index means little without its namespace: the peer has to name this pod as its own peer's.
-    ends = (peer.get_attr("IFLA_LINK"), peer.get_attr("IFLA_LINK_NETNSID"))
-    return int(index) if ends == (link["index"], known_as) else None
-
-
-def kind_of(link: Any) -> str:
-    info = link.get_attr("IFLA_LINKINFO")
-    return "" if info is None else str(info.get_attr("IFLA_INFO_KIND"))
+    is_ours = peer is not None and (peer.peer, peer.peer_netns) == (end.device, known_as)
+    return end.peer if is_ours else None

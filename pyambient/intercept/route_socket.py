@@ -6,6 +6,7 @@ takes a millisecond and more; here one is a send(2), a recv(2) and a few numbers
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -17,16 +18,20 @@ from pyambient.netns import Netns
 from .netlink_socket import Attributes, NetlinkSocket, attributes_of, packed
 
 _REPLACE, _EXCL, _CREATE = 0x100, 0x200, 0x400
-_GETLINK, _GETADDR = 18, 22
+_GETLINK, _GETADDR, _GETNSID = 18, 22, 90
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
 _VERBS: Final = {"add": _CREATE | _EXCL, "replace": _CREATE | _REPLACE, "del": 0}
 _STATIC: Final = 4  # RTPROT_STATIC
-_IFLA_IFNAME: Final = 3
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_LINKINFO, _IFLA_LINK_NETNSID = 3, 5, 18, 37
+_IFLA_INFO_KIND: Final = 1
+_NETNSA_NSID, _NETNSA_FD = 1, 3
+_NO_NSID: Final = -1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_DST, _RTA_OIF, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 6, 7, 15
 _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 6, 10, 15, 16
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_NO_DEVICE: Final = frozenset((errno.ENODEV, errno.EINVAL))  # a name that none can have
 _LINK: Final = struct.Struct("=BxHiII")  # ifinfomsg
 _ADDRESS: Final = struct.Struct("=BBBBI")  # ifaddrmsg
 _ROUTE: Final = struct.Struct("=8BI")  # rtmsg, and fib_rule_hdr
@@ -38,6 +43,19 @@ class Link(NamedTuple):
     device: int
     flags: int
     name: str
+
+
+class Pairing(NamedTuple):
+    """A device by its index, of what kind it is, and which other device it belongs to.
+
+    `peer` is an index in the network namespace that is `peer_netns` to this one, _NO_NSID where it
+    is this very one.
+    """
+
+    device: int
+    kind: str
+    peer: int
+    peer_netns: int
 
 
 class Address(NamedTuple):
@@ -78,6 +96,23 @@ class RouteSocket(NetlinkSocket):
     def links(self) -> list[Link]:
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         return [_link(answer) for answer in self.dump(_GETLINK, body)]
+
+    def pairing(self, *, name: str = "", index: int = 0) -> Pairing | None:
+        """Of the device with this name, or this index; None if there is none."""
+        body = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0)
+        asked = {_IFLA_IFNAME: os.fsencode(name) + b"\0" if name else None}
+        try:
+            answer = self.get(_GETLINK, body + packed(asked))
+        except OSError as error:
+            if error.errno in _NO_DEVICE:
+                return None
+            raise
+        return None if answer is None else _pairing(answer)
+
+    def number_of(self, other: Netns) -> int:
+        """What this network namespace calls another one; _NO_NSID if it has no name for it."""
+        answer = self.get(_GETNSID, bytes(4) + packed({_NETNSA_FD: _number(other.fd)})) or b""
+        return _read_signed(attributes_of(answer[4:]), _NETNSA_NSID)
 
     def addresses(self) -> list[Address]:
         body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
@@ -125,6 +160,14 @@ def _link(body: bytes) -> Link:
     return Link(index, flags, os.fsdecode(name.rstrip(b"\0")))
 
 
+def _pairing(body: bytes) -> Pairing:
+    _, _, index, _, _ = _LINK.unpack_from(body)
+    found = attributes_of(body[_LINK.size :])
+    kind = attributes_of(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
+    where = _read_signed(found, _IFLA_LINK_NETNSID)
+    return Pairing(index, os.fsdecode(kind.rstrip(b"\0")), _read(found, _IFLA_LINK), where)
+
+
 def _address(body: bytes) -> Address | None:
     """None for a family that is not IP. IFA_ADDRESS is the peer where there is IFA_LOCAL."""
     family, _, flags, _, index = _ADDRESS.unpack_from(body)
@@ -165,3 +208,8 @@ def _number(value: int) -> bytes:
 def _read(attributes: Attributes, kind: int) -> int:
     raw = attributes.get(kind)
     return int.from_bytes(raw, sys.byteorder) if raw else 0
+
+
+def _read_signed(attributes: Attributes, kind: int) -> int:
+    raw = attributes.get(kind)
+    return int.from_bytes(raw, sys.byteorder, signed=True) if raw else _NO_NSID
