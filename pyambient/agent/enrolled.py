@@ -101,8 +101,9 @@ class Enrolled:
 
     `freed` is set when the agent no longer holds the pod; `turn` keeps enrolling, refreshing and
     freeing of this one pod apart. `switched` is set when its backend was exchanged. `seen` is the
-    fingerprint with which all its steps were last found in place, `repairs` counts by kind what
-    was not; `leaks` is what is known of its guards.
+    fingerprint with which all its steps were last found in place, `seen_on_node` the node's with
+    which those there were; `repairs` counts by kind what was not. `leaks` is what is known of its
+    guards.
     """
 
     record: Record
@@ -111,6 +112,7 @@ class Enrolled:
     freed: trio.Event = field(default_factory=trio.Event)
     switched: trio.Event = field(default_factory=trio.Event)
     seen: bytes = b""
+    seen_on_node: bytes = b""
     repairs: Counter[str] = field(default_factory=Counter)
     leaks: Leaks = field(default_factory=Leaks)
 

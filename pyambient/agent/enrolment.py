@@ -32,7 +32,7 @@ import trio
 
 from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.choose import choose
-from pyambient.intercept.interface import Site, Stage, Step
+from pyambient.intercept.interface import Site, Stage
 from pyambient.intercept.options import CLOSE
 from pyambient.intercept.processes import members
 from pyambient.intercept.runner import StepFailed, undo_stages
@@ -50,6 +50,7 @@ from .existing import (
 )
 from .interception import (
     Repair,
+    Round,
     apply_recorded,
     bring_up_to_date,
     free,
@@ -391,15 +392,14 @@ class Enrolments:
         async with enrolled.turn:
             await self._repair(enrolled)
 
-    async def inspect(self, enrolled: Enrolled, common: set[Step] | None = None) -> None:
-        """Refresh the pod if something of it has got lost; `common` is `has_drifted`'s."""
-        common = set() if common is None else common
+    async def inspect(self, enrolled: Enrolled, round_: Round | None = None) -> None:
+        """Refresh the pod if something of it has got lost; alone, or in a round."""
         if enrolled.turn.locked():
             return  # whoever has the turn sees to the pod
         async with enrolled.turn:
             if enrolled.record.state is not State.ENROLLED or enrolled.freed.is_set():
                 return
-            if await self._kernel.run(has_drifted, enrolled, common):
+            if await self._kernel.run(has_drifted, enrolled, round_ or Round()):
                 await self._repair(enrolled)
 
     async def look_for_leaks(self, enrolled: Enrolled) -> None:

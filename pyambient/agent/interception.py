@@ -15,7 +15,12 @@ from dataclasses import dataclass
 
 from pyambient.errors import PyambientError
 from pyambient.intercept.choose import choose
-from pyambient.intercept.fingerprint import fingerprint, tells
+from pyambient.intercept.fingerprint import (
+    fingerprint,
+    node_fingerprint,
+    node_tells,
+    tells,
+)
 from pyambient.intercept.interface import (
     Interceptor,
     Plan,
@@ -128,18 +133,35 @@ class Repair:
     why: str
 
 
-def has_drifted(enrolled: Enrolled, common: set[Step]) -> bool:
-    """Whether anything of the record may have got lost; cheap where nothing was touched.
+class Round:
+    """What was found out of the node already, while all pods are looked at.
 
-    `common` are steps that other pods have as well and that were just found in place.
+    `in_place` are steps that other pods have as well.
     """
+
+    def __init__(self) -> None:
+        self.in_place: set[Step] = set()
+
+    @functools.cached_property
+    def node(self) -> bytes:
+        """The node's fingerprint at the first time that it mattered."""
+        return node_fingerprint()
+
+
+def has_drifted(enrolled: Enrolled, round_: Round) -> bool:
+    """Whether anything of the record may have got lost; cheap where nothing was touched."""
     pod, steps = enrolled.target, enrolled.record.steps
     if fingerprint(pod.netns, steps) != enrolled.seen:
         return True
-    asked = [step for step in steps if not tells(step) and step not in common]
+    asked = [step for step in steps if not tells(step) and step not in round_.in_place]
+    on_node = [step for step in asked if node_tells(step)]
+    if on_node and round_.node == enrolled.seen_on_node:
+        asked = [step for step in asked if step not in on_node]
     if lost(pod, asked):
         return True
-    common.update(step for step in asked if is_of_node(step))
+    if on_node:
+        enrolled.seen_on_node = round_.node
+    round_.in_place.update(step for step in asked if is_of_node(step))
     return False
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import trio
 
 from pyambient.errors import PyambientError
-from pyambient.intercept.interface import Step
 from pyambient.observe.logs import get_logger
 
 from .enrolled import Enrolled
 from .enrolment import Enrolments
+from .interception import Round
 
 _log = get_logger("reconcile")
 
@@ -46,17 +46,17 @@ class Rounds:
 
     async def _round(self) -> None:
         started = trio.current_time()
-        common: set[Step] = set()
+        this = Round()
         pods = self._enrolments.all()
         for enrolled in pods:
-            await self._look_at(enrolled, common)
+            await self._look_at(enrolled, this)
         self._failures = {p.uid: self._failures[p.uid] for p in pods if p.uid in self._failures}
         self.rounds += 1
         self.seconds = trio.current_time() - started
 
-    async def _look_at(self, enrolled: Enrolled, common: set[Step]) -> None:
+    async def _look_at(self, enrolled: Enrolled, this: Round) -> None:
         try:
-            await self._enrolments.inspect(enrolled, common)
+            await self._enrolments.inspect(enrolled, this)
             await self._enrolments.look_for_leaks(enrolled)
         except (PyambientError, OSError) as error:
             self._note(enrolled, str(error), None)

@@ -7,7 +7,8 @@ decoding netlink messages and for starting iptables. Nobody can do that to 500 p
 seconds. But nearly always nothing has changed, and that is cheap to see: the kernel's own answers,
 undecoded, are the same bytes as last time. So the steps of a pod are asked when its fingerprint is
 another one than when they were last found in place; those about BPF are cheap, leave no trace in
-it, and are asked every time.
+it, and are asked every time. What netfilter backends have on the node has a fingerprint of its own,
+which is the same for all pods of a round.
 
 Rules of nftables, and those of iptables-nft, are not read: the kernel counts their transactions.
 Tables of iptables-legacy are, without their packet counters.
@@ -55,11 +56,26 @@ def tells(step: Step) -> bool:
     return of_netfilter or step.kind in _ROUTING | _SYSCTLS
 
 
+def node_tells(step: Step) -> bool:
+    """Whether the node's own fingerprint changes when this step is lost."""
+    return step.kind.endswith(_ON_THE_NODE)
+
+
 def fingerprint(netns: Netns, steps: Iterable[Step]) -> bytes:
     """What there is in the place of these steps, as bytes that are good for comparing only."""
     told = [step for step in steps if tells(step)]
+    return _digest(_parts(netns, told))
+
+
+def node_fingerprint() -> bytes:
+    """The same of the rules of the node, whose network namespace is the calling thread's."""
+    with Netns.own() as node:
+        return _digest(_netfilter(node))
+
+
+def _digest(parts: Iterable[bytes]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for part in _parts(netns, told):
+    for part in parts:
         digest.update(struct.pack("=I", len(part)) + part)
     return digest.digest()
 
@@ -72,10 +88,14 @@ def _parts(netns: Netns, steps: list[Step]) -> Iterator[bytes]:
     if kinds & _SYSCTLS:
         yield from _sysctls(netns, steps)
     if any(kind.startswith(_NETFILTER) for kind in kinds):
-        yield _generation(netns)
-        for ipv6 in (False, True):
-            for table in legacy_tables(netns, ipv6=ipv6):
-                yield read_table(netns, table, ipv6=ipv6)
+        yield from _netfilter(netns)
+
+
+def _netfilter(netns: Netns) -> Iterator[bytes]:
+    yield _generation(netns)
+    for ipv6 in (False, True):
+        for table in legacy_tables(netns, ipv6=ipv6):
+            yield read_table(netns, table, ipv6=ipv6)
 
 
 def _sysctls(netns: Netns, steps: list[Step]) -> list[bytes]:
