@@ -6,12 +6,14 @@ check SPIFFE ids.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,13 @@ SERVER_ID = "spiffe://cluster.local/ns/default/sa/server"
 APP_PORT = 8095
 TUNNEL_PORT = 10001
 _TYPES = "type.googleapis.com/envoy.extensions."
-_HTTP2 = {"http2_protocol_options": {"allow_connect": True}}
+_HTTP2 = {"allow_connect": True}
+# The least that Envoy can be told; the RFC's initial windows, and frames of 16 KiB as always.
+TINY = {
+    "initial_stream_window_size": 65_535,
+    "initial_connection_window_size": 65_535,
+    **_HTTP2,
+}
 _HTTP_OPTIONS = "upstreams.http.v3.HttpProtocolOptions"
 
 Json = dict[str, Any]
@@ -79,7 +87,9 @@ def tls(side: str, directory: Path, peer: Json) -> Json:
     return {"name": "tls", "typed_config": typed(kind, **fields)}
 
 
-def envoy_client(directory: Path, server: SocketAddress, authority: str) -> Json:
+def envoy_client(
+    directory: Path, server: SocketAddress, authority: str, http2: Json = _HTTP2
+) -> Json:
     """TCP on TUNNEL_PORT of loopback goes through a tunnel to `server` as CONNECT `authority`."""
     proxy = typed(
         "filters.network.tcp_proxy.v3.TcpProxy",
@@ -87,7 +97,7 @@ def envoy_client(directory: Path, server: SocketAddress, authority: str) -> Json
         cluster="hbone",
         tunneling_config={"hostname": authority},
     )
-    options = typed(_HTTP_OPTIONS, explicit_http_config=_HTTP2)
+    options = typed(_HTTP_OPTIONS, explicit_http_config={"http2_protocol_options": http2})
     upstream = cluster(
         "hbone",
         server,
@@ -100,7 +110,9 @@ def envoy_client(directory: Path, server: SocketAddress, authority: str) -> Json
     return {"static_resources": {"listeners": [listener], "clusters": [upstream]}}
 
 
-def envoy_server(directory: Path, own: SocketAddress, app: SocketAddress) -> Json:
+def envoy_server(
+    directory: Path, own: SocketAddress, app: SocketAddress, http2: Json = _HTTP2
+) -> Json:
     """An HBONE server at `own` whose every CONNECT reaches `app`."""
     connect = [{"upgrade_type": "CONNECT", "connect_config": {}}]
     route = {
@@ -112,7 +124,7 @@ def envoy_server(directory: Path, own: SocketAddress, app: SocketAddress) -> Jso
         "filters.network.http_connection_manager.v3.HttpConnectionManager",
         stat_prefix="hbone",
         codec_type="HTTP2",
-        http2_protocol_options={"allow_connect": True},
+        http2_protocol_options=http2,
         upgrade_configs=[{"upgrade_type": "CONNECT"}],
         route_config={"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
         http_filters=[router],
@@ -227,6 +239,49 @@ def test_envoy_as_server(pair, start_envoy, tmp_path, family, port):
     load(pair, "workloads: []\n")
     wanted = {"direction": "outbound", "dst.hbone_addr": str(there), "bytes_recv": len(payload)}
     assert pair.mesh.access_log(wanted)[0]["dst.identity"] == ENVOY_ID
+
+
+def echoes(destination: SocketAddress, sizes: list[int]) -> list[tuple[str, str]]:
+    """Connections at once that send random bytes; of each SHA-256 of what went and what came."""
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        return list(threads.map(lambda size: _echo(destination, size), sizes))
+
+
+def _echo(destination: SocketAddress, size: int) -> tuple[str, str]:
+    data = os.urandom(size)
+    seen = apps.request(destination, data, ClientOptions(timeout=60))
+    came = hashlib.sha256(seen.data).hexdigest() if not seen.failed else f"failed: {seen}"
+    return hashlib.sha256(data).hexdigest(), came
+
+
+# One large one, then many at once: they share the 64 KiB of the connection.
+BULK = [8_000_000]
+MANY = [1, 17, 65_535, 65_536, *(200_000 + 1009 * n for n in range(44))]
+
+
+def test_envoy_as_client_with_the_smallest_windows(pair, start_envoy, tmp_path, family, port):
+    """Every byte of ours waits for Envoy's credit; what arrives, both ways, is what was sent."""
+    server = SocketAddress(pair.server.address(family), HBONE_PORT)
+    authority = str(SocketAddress(pair.server.address(family), port))
+    entrance = SocketAddress("127.0.0.1", TUNNEL_PORT)
+    with pair.serve(pair.server, port):
+        start_envoy(envoy_client(tmp_path, server, authority, TINY), entrance)
+        for sizes in (BULK, MANY):
+            for sent, came in pair.outside.run(echoes, entrance, sizes, timeout=90):
+                assert came == sent
+
+
+def test_envoy_as_server_with_the_smallest_windows(pair, start_envoy, tmp_path, family, port):
+    """Likewise with the roles turned: our tunnels towards Envoy's port 15008."""
+    own = SocketAddress(pair.outside.address(family), HBONE_PORT)
+    there = SocketAddress(pair.outside.address(family), port)
+    load(pair, WORKLOAD.format(ip=own.ip))
+    with pair.serve(pair.outside, port):
+        start_envoy(envoy_server(tmp_path, own, there, TINY), own)
+        for sizes in (BULK, MANY):
+            for sent, came in pair.client.run(echoes, there, sizes, timeout=90):
+                assert came == sent
+    load(pair, "workloads: []\n")
 
 
 def curl(url: str, proxy: SocketAddress, directory: str) -> tuple[int, bytes]:
