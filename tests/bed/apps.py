@@ -95,7 +95,7 @@ def listener(port: int, host: str = "::", kind: int = socket.SOCK_STREAM) -> soc
     return made
 
 
-def _allow_many_descriptors() -> None:
+def allow_many_descriptors() -> None:
     """Raise the soft limit of this process only: pyambient has to see to its own."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -185,7 +185,7 @@ def echo_server(channel: Channel, port: int, host: str = "::", *, at_eof: bool =
 
     `at_eof` keeps the answer back until the client has half-closed.
     """
-    _allow_many_descriptors()
+    allow_many_descriptors()
     with listener(port, host) as listening:
         return _EchoServer(channel, listening, at_eof=at_eof).serve()
 
@@ -239,7 +239,7 @@ def hold(
     Sends {index: errno} of those that failed when all are open, and again after each "ping";
     ends at "stop".
     """
-    _allow_many_descriptors()
+    allow_many_descriptors()
     chosen = options or ClientOptions()
     held: dict[int, socket.socket] = {}
     failures: dict[int, int] = {}
