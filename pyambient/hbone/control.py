@@ -8,6 +8,7 @@ last stream lives.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from dataclasses import dataclass
 
@@ -43,6 +44,17 @@ class LocalSettings:
     def initial_window(self) -> int:
         """What a stream begins with."""
         return min(self.stream_window, self.shared_stream_window)
+
+    def at_distance(self, round_trip: float) -> LocalSettings:
+        """These, for a peer whose answers take so many seconds.
+
+        A stream needs what fits on the way. What it is given beyond that waits in the peer's
+        socket, ahead of all that the other streams of the tunnel have to say.
+        """
+        if round_trip >= numbers.NEAR_ROUND_TRIP:
+            return self
+        near = min(self.shared_stream_window, numbers.NEAR_STREAM_WINDOW)
+        return dataclasses.replace(self, shared_stream_window=near)
 
     def for_wire(self, role: Role) -> Settings:
         """The SETTINGS that our preface carries."""

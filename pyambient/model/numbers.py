@@ -44,6 +44,10 @@ MAX_FRAME_SENT: Final = 256 << 10
 # A stream that has its tunnel to itself; several share it with this much each.
 STREAM_WINDOW: Final = 4 << 20
 SHARED_STREAM_WINDOW: Final = 1 << 20
+# To and from a peer whose round trip is shorter than this, a smaller window is as good, and what
+# shares the tunnel waits for less.
+NEAR_STREAM_WINDOW: Final = 448 << 10
+NEAR_ROUND_TRIP: Final = 0.001
 CONNECTION_WINDOW: Final = 16 << 20
 MAX_STREAMS_ACCEPTED: Final = 200
 MAX_STREAMS_OPENED: Final = 100

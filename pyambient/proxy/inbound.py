@@ -162,7 +162,8 @@ class InboundTunnel:
         self._scope = scope
         self._settled = trio.Event()
         self._requests = Queue(worker.loop, _REQUESTS_A_TURN)
-        connection = Connection(Role.SERVER, self, worker.outputs, worker.http2)
+        settings = worker.http2.at_distance(sockets.round_trip(sock))
+        connection = Connection(Role.SERVER, self, worker.outputs, settings)
         transport = TlsTransport(sock, session, worker.buffers)
         self.tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, peer)
         self.tunnel.on_close = lambda _: self._settled.set()

@@ -26,6 +26,7 @@ _IPV6_TRANSPARENT = 75
 _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xHI16sI")
+_TCP_INFO = struct.Struct("=68xI")  # linux/tcp.h: struct tcp_info as far as tcpi_rtt
 _BACKLOG = 4096
 _STOCK_MAX = 16
 
@@ -48,6 +49,13 @@ _next_source_port = itertools.cycle(_SOURCE_PORTS).__next__
 def keep_alive(sock: socket.socket) -> None:
     for level, option, value in _KEEPALIVE:
         sock.setsockopt(level, option, value)
+
+
+def round_trip(sock: socket.socket) -> float:
+    """How long the peer of a connected socket takes to answer, in seconds, as TCP knows it."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    (microseconds,) = _TCP_INFO.unpack(raw)
+    return float(microseconds) * 1e-6
 
 
 def set_transparent(sock: socket.socket) -> None:

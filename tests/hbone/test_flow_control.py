@@ -29,6 +29,10 @@ SMALL = LocalSettings(stream_window=1000, connection_window=100_000)
 NARROW = LocalSettings(stream_window=100_000, connection_window=70_000)
 
 
+FAR = LocalSettings()
+NEAR = FAR.at_distance(0.0001)
+
+
 def _credited(connection: Connection) -> int:
     """Bytes the peer may send, plus those that wait for the next WINDOW_UPDATE."""
     return connection._receive_window + connection._consumed
@@ -53,6 +57,27 @@ def test_connection_window_overrun() -> None:
     peer.accepted(3)
     peer.give(data(1, bytes(40_000)) + data(3, bytes(30_000)))
     assert peer.refuses(data(3, b"x"))[0] == ErrorCode.FLOW_CONTROL_ERROR
+
+
+@pytest.mark.parametrize(
+    ("settings", "round_trip", "window"),
+    [
+        (FAR, 0.05, 1 << 20),
+        (FAR, 0.001, 1 << 20),
+        (FAR, 0.0009, 448 << 10),
+        (LocalSettings(shared_stream_window=10_000), 0.0001, 10_000),
+        (LocalSettings(stream_window=10_000), 0.0001, 10_000),
+        (LocalSettings(stream_window=600 << 10), 0.05, 600 << 10),
+    ],
+)
+def test_what_a_stream_begins_with(settings: LocalSettings, round_trip: float, window: int) -> None:
+    """A near peer fills a smaller window as well as a large one; nobody gets more than is set."""
+    assert settings.at_distance(round_trip).initial_window == window
+
+
+def test_a_near_peers_stream_alone_gets_as_much_as_a_far_ones() -> None:
+    """Nothing waits behind it."""
+    assert NEAR.stream_window == FAR.stream_window
 
 
 def test_window_update_at_a_quarter() -> None:

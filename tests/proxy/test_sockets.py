@@ -162,3 +162,13 @@ def test_keep_alive_is_ztunnels():
         sockets.keep_alive(sock)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 180
+
+
+def test_a_round_trip_is_known_as_soon_as_there_is_a_connection():
+    """The kernel has measured the handshake; what it says is more than nothing, and no minute."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as served,
+    ):
+        assert all(0 < sockets.round_trip(end) < 60 for end in (client, served))
