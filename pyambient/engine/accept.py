@@ -12,8 +12,9 @@ from pyambient.model.address import SocketAddress, from_sockaddr
 from .deadlines import Deadline, Deadlines
 from .loop import IN, OUT, Loop
 
-# Each costs a tenth of a millisecond once its owner has dealt with it.
-_ACCEPTS_A_TURN = 8
+# Each costs a tenth of a millisecond once its owner has dealt with it. More of them a turn cost 4 %
+# less CPU, but the others' p99 half as much again, and no more connections come through.
+_ACCEPTS_A_TURN = 2
 # What accept(2) says of one connection or of a shortage; the listener itself is all right.
 _SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 

@@ -37,8 +37,8 @@ from . import sockets
 from .records import inbound_record
 from .worker import PodScope
 
-# Of one tunnel: a turn of the loop stays in the order of a millisecond.
-_REQUESTS_A_TURN = 8
+# Of one tunnel: a turn of the loop stays below a millisecond.
+_REQUESTS_A_TURN = 2
 
 _FORWARDED_HOST = re.compile(r'(?:^|;)\s*host="?([A-Za-z0-9._-]{1,253})"?\s*(?:;|$)', re.IGNORECASE)
 
