@@ -30,6 +30,7 @@ from .bpf_node import (
     existing_map,
     node_map,
     pod_directory,
+    uses_pinned_maps,
 )
 from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
@@ -346,10 +347,8 @@ class SkLookup:
         return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
 
     def apply(self, pod: Pod) -> Self:
-        pin = self._pin(pod)
         if self.missing(pod) is None:
             return self
-        pin.unlink(missing_ok=True)
         constants = Constants(
             self.cookie,
             has_ingress_ifindex=self.has_ingress_ifindex,
@@ -361,7 +360,8 @@ class SkLookup:
         ):
             program = loaded.program_fd("pyamb_sk_lookup")
             with Link.create(program, pod.netns.fd, AttachType.SK_LOOKUP) as link:
-                link.pin(pin)
+                self._pin(pod).unlink(missing_ok=True)
+                link.pin(self._pin(pod))
         return self
 
     def undo(self, pod: Pod) -> None:
@@ -389,12 +389,15 @@ class SkLookup:
             yield {m.name: stack.enter_context(m) for m in opened}
 
     def _shares_maps(self, pod: Pod, program: int) -> bool:
+        """Of what a program does not use the loaders may leave out, or in, what they like."""
         known = program_info(program)
+        if known is None or not uses_pinned_maps(Path(self.bpffs), program):
+            return False
+        if self.has_ingress_ifindex:
+            return True
         try:
-            with self._existing_maps(pod) as shared:
-                return known is not None and {m.identifier for m in shared.values()} <= {
-                    *known.maps
-                }
+            with _existing_notes(Path(self.bpffs), pod.uid) as notes:
+                return notes.identifier in known.maps
         except PyambientError:
             return False
 

@@ -11,10 +11,13 @@ import pytest
 from pyambient.errors import PyambientError
 from pyambient.intercept import bcc_object, loader
 from pyambient.intercept.bcc_object import SOURCES, load
+from pyambient.intercept.bpf_steps import SkLookup
 from pyambient.intercept.kernel_headers import newest_headers
 from pyambient.intercept.kernel_objects import program_info
 from pyambient.intercept.loader import Constants, LoadedObject, ProgramRefused, load_compiled
+from tests.bed import Bed
 
+from .bpf_mesh import BpfMesh, target
 from .clang import compile_program
 
 _REFUSED = """
@@ -93,6 +96,18 @@ def _identifier(program: int) -> int:
 
 def _fdinfo(fd: int) -> str:
     return Path(f"/proc/self/fdinfo/{fd}").read_text()
+
+
+def test_maps_that_the_compiler_left_out_are_not_missed(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To bcc a constant is known, and what it closes names no map: that was repaired for ever."""
+    a, b = bed.pod("a"), bed.pod("b")
+    with BpfMesh(bed, a, b) as mesh:
+        (lookup,) = [step for step in mesh.recorded["a"] if isinstance(step, SkLookup)]
+        lookup.undo(target(a))
+        monkeypatch.setattr(loader, "_chosen", load)
+        assert lookup.apply(target(a)).missing(target(a)) is None
 
 
 def test_a_refused_program_shows_the_verifiers_reason(isolated: None, sources: Path) -> None:
