@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import trio
 
+from pyambient.bench.nested import NestedLoop
 from pyambient.bench.pods import Placement
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
@@ -80,8 +81,9 @@ def start(
     """A proxy that listens in its pods.
 
     `settings` are "mesh" (a file, or ""), "ca_dir", "log" (a file), "http2" (fields of
-    `LocalSettings`) and "pods", each with "name", "namespace", "fd" (the network namespace),
-    "backend", "addresses" and, where its DNS is captured, "dns" (fields of `DnsCapture`).
+    `LocalSettings`), "nested" (a loop in a trio task) and "pods", each with "name", "namespace",
+    "fd" (the network namespace), "backend", "addresses" and, where its DNS is captured, "dns"
+    (fields of `DnsCapture`).
     """
     command = [sys.executable, "-m", "pyambient.bench.proxy", json.dumps(settings)]
     fds = tuple(pod.fd for pod in pods)
@@ -101,7 +103,7 @@ def main() -> None:
     log = os.open(settings["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sink = LineSink(log)
     configure("plain", "info", sink.put)
-    loop = Loop(_report)
+    loop = (NestedLoop if settings.get("nested") else Loop)(_report)
     with contextlib.suppress(KeyboardInterrupt):
         loop.run(_main, settings, loop, sink)
 

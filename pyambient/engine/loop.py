@@ -109,16 +109,18 @@ class Loop:
         )
         try:
             while not finished:
-                self._turn()
+                busy = self._ready or self._guest_calls or self._dirty
+                self._turn(0 if busy else None)
         finally:
             self._close()
         return finished[0].unwrap()
 
-    def _turn(self) -> None:
-        busy = self._ready or self._guest_calls or self._dirty
+    def _turn(self, timeout: float | None) -> int:
+        """One turn, after waiting so many seconds for an event; how many there were."""
         fresh = self._fresh
         fresh.clear()
-        for fd, mask in self._epoll.poll(0 if busy else None, _EVENTS_A_TURN):
+        events = self._epoll.poll(timeout, _EVENTS_A_TURN)
+        for fd, mask in events:
             handler = self._handlers.get(fd)
             # A descriptor closed and opened again in this batch must not see the old one's event.
             if handler is None or fd in fresh:
@@ -137,6 +139,7 @@ class Loop:
             dirty, self._dirty = self._dirty, {}
             for flushable in dirty:
                 self._call(flushable.flush)
+        return len(events)
 
     def _call(self, function: Callable[[], None]) -> None:
         try:

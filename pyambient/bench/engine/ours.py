@@ -42,13 +42,18 @@ policies:
 """
 
 
-def start(bed: Bed, http2: LocalSettings) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """The proxies of node A and node B, listening; `http2` goes for all tunnels."""
+def start(
+    bed: Bed, http2: LocalSettings, *, nested: bool = False
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """The proxies of node A and node B, listening; `http2` goes for all tunnels.
+
+    `nested` ones have their loop in a trio task.
+    """
     mesh = bed.work / "mesh.yaml"
     mesh.write_text("workloads:\n" + "".join(map(_workload, _ADDRESSES)) + _POLICY, "utf-8")
     return (
-        _start(bed, (CLIENT, NEIGHBOUR), mesh, http2),
-        _start(bed, (SERVER,), mesh, http2),
+        _start(bed, (CLIENT, NEIGHBOUR), mesh, http2, nested=nested),
+        _start(bed, (SERVER,), mesh, http2, nested=nested),
     )
 
 
@@ -63,7 +68,7 @@ def _workload(name: str) -> str:
 
 
 def _start(
-    bed: Bed, names: tuple[str, ...], mesh: Path, http2: LocalSettings
+    bed: Bed, names: tuple[str, ...], mesh: Path, http2: LocalSettings, *, nested: bool
 ) -> subprocess.Popen[str]:
     pods = [
         {
@@ -80,6 +85,7 @@ def _start(
         "ca_dir": str(bed.node.ca_dir),
         "log": str(bed.work / f"{names[0]}.log"),
         "http2": dataclasses.asdict(http2),
+        "nested": nested,
         "pods": pods,
     }
     return proxy.start(bed.proxy(names[0]), settings, (bed.pods[name] for name in names))

@@ -16,6 +16,7 @@ from .bed import APP_PORT, CLIENT, SERVER, SERVER_IP, Bed, Node
 
 OURS, OURS_16K, ENVOY = "pyambient", "pyambient, 16 KiB frames", "envoy"
 OURS_UNSHARED = "pyambient, 1 stream a tunnel"
+OURS_NESTED = "pyambient, trio as the host"
 _ENVOYS_FRAME = 16 << 10
 ECHO, SINK, SOURCE = APP_PORT, APP_PORT + 1, APP_PORT + 2
 
@@ -24,6 +25,7 @@ _STARTERS: dict[str, Callable[[Bed], Pair]] = {
     OURS: lambda bed: ours.start(bed, LocalSettings()),
     OURS_16K: lambda bed: ours.start(bed, LocalSettings(max_frame_sent=_ENVOYS_FRAME)),
     OURS_UNSHARED: lambda bed: ours.start(bed, LocalSettings(max_streams_opened=1)),
+    OURS_NESTED: lambda bed: ours.start(bed, LocalSettings(), nested=True),
     ENVOY: envoy.start,
 }
 
