@@ -24,6 +24,7 @@ DEFINE_NOTES;
 DEFINE_PROBES;
 DEFINE_CONSTANTS;
 
+/* This very socket: who is root may share its port, and would get a part. */
 static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
 {
 	struct listener key = { .netns = constant(netns), .port = port };
@@ -32,7 +33,7 @@ static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
 
 	if (!sk)
 		return SK_DROP;
-	error = bpf_sk_assign(ctx, sk, 0);
+	error = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	bpf_sk_release(sk);
 	return error ? SK_DROP : SK_PASS;
 }
