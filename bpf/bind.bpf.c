@@ -6,21 +6,19 @@
  * handed the pod's traffic. A mark proves nothing (any container with the
  * default capabilities can set one), so only the socket's storage counts.
  */
-#include "maps.h"
+#include "ports.h"
 
 DEFINE_PODS;
 DEFINE_PROXY_SOCKETS;
 
 static __always_inline int may_bind(struct bpf_sock_addr *ctx)
 {
-	__u32 port = bpf_ntohs(ctx->user_port);
+	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct bpf_sock *sk;
-	__u64 netns;
 
-	if (!is_our_port(port))
-		return ALLOW;
-	netns = bpf_get_netns_cookie(ctx);
 	if (!map_lookup(pods, &netns))
+		return ALLOW;
+	if (!is_our_port(swap_port(netns, bpf_ntohs(ctx->user_port))))
 		return ALLOW;
 	sk = ctx->sk;
 	return sk && storage_get(proxy_sockets, sk, 0) ? ALLOW : DENY;
@@ -29,7 +27,8 @@ static __always_inline int may_bind(struct bpf_sock_addr *ctx)
 /*
  * Hook: cgroup/bind4 on --cgroup. Linux 5.9.
  * Returns DENY (EPERM) for 15001, 15006, 15008 and 15053 of any protocol in an
- * enrolled pod, unless the socket is the proxy's; else ALLOW.
+ * enrolled pod, or for what stands for them there, unless the socket is the
+ * proxy's; else ALLOW.
  */
 SEC("cgroup/bind4")
 int pyamb_bind4(struct bpf_sock_addr *ctx)

@@ -10,7 +10,8 @@
  * Which resolver the app meant has to reach the proxy, and the socket's own
  * port is not chosen yet at connect(). So the new destination itself says it:
  * each resolver of a pod has a slot, and each slot an address of either family
- * that is local in every pod. A wildcard socket on 15053 gets all of them.
+ * that is local in every pod. A wildcard socket on 15053, or on what stands for
+ * it in the pod, gets all of them.
  *
  * What is rewritten never leaves the pod, listener or not. Whether one is there
  * is asked for the app's sake: it learns at once.
@@ -26,6 +27,7 @@ DEFINE_PROXY_SOCKETS;
 DEFINE_CONSTANTS;
 
 #include "hooks.h"
+#include "ports.h"
 
 /* pyambient/model/numbers.py has them as text: 127.53.0.0/22 and 100::53:0/118. */
 #define SLOTS		1024
@@ -103,8 +105,15 @@ static __always_inline int slot_of(__u64 netns, const struct resolver *wanted)
 	return map_update(resolvers, &key, wanted) ? REFUSED : victim;
 }
 
+/* Of the proxy in this pod. */
+static __always_inline __be16 dns_port(__u64 netns)
+{
+	return bpf_htons(swap_port(netns, DNS_PORT));
+}
+
 /* Does what is sent to this slot reach a socket, and is it the proxy's? */
-static __always_inline int has_listener(struct bpf_sock_addr *ctx, int is_ipv4, __u32 number)
+static __always_inline int has_listener(struct bpf_sock_addr *ctx, int is_ipv4, __u32 number,
+					__be16 port)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sk;
@@ -112,12 +121,12 @@ static __always_inline int has_listener(struct bpf_sock_addr *ctx, int is_ipv4, 
 
 	if (is_ipv4) {
 		tuple.ipv4.daddr = bpf_htonl(IPV4_SLOTS | number);
-		tuple.ipv4.dport = bpf_htons(DNS_PORT);
+		tuple.ipv4.dport = port;
 		sk = bpf_sk_lookup_udp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	} else {
 		tuple.ipv6.daddr[0] = bpf_htonl(IPV6_PREFIX);
 		tuple.ipv6.daddr[3] = bpf_htonl(IPV6_SLOTS | number);
-		tuple.ipv6.dport = bpf_htons(DNS_PORT);
+		tuple.ipv6.dport = port;
 		sk = bpf_sk_lookup_udp(ctx, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 	}
 	if (!sk)
@@ -155,7 +164,7 @@ static __always_inline int capture(struct bpf_sock_addr *ctx, struct bpf_sock *s
 	if (is_link_local(to->ip))
 		wanted.scope = load(&sk->bound_dev_if);
 	number = slot_of(to->netns, &wanted);
-	if (number < 0 || !has_listener(ctx, is_ipv4, number)) {
+	if (number < 0 || !has_listener(ctx, is_ipv4, number, dns_port(to->netns))) {
 		refuse(ECONNREFUSED);
 		return REFUSED;
 	}
@@ -199,7 +208,7 @@ static __always_inline int redirect4(struct bpf_sock_addr *ctx)
 	if (number < 0)
 		return number == PASS ? ALLOW : DENY;
 	ctx->user_ip4 = bpf_htonl(IPV4_SLOTS | number);
-	ctx->user_port = bpf_htons(DNS_PORT);
+	ctx->user_port = dns_port(to.netns);
 	return ALLOW;
 }
 
@@ -222,17 +231,23 @@ static __always_inline int redirect6(struct bpf_sock_addr *ctx)
 		ctx->user_ip6[2] = 0;
 	}
 	ctx->user_ip6[3] = bpf_htonl((is_ipv4 ? IPV4_SLOTS : IPV6_SLOTS) | number);
-	ctx->user_port = bpf_htons(DNS_PORT);
+	ctx->user_port = dns_port(to.netns);
 	return ALLOW;
 }
 
-/* Not through the gate: a pod that is being released still awaits answers. */
+/*
+ * Not through the gate: a pod that is being released still awaits answers. From
+ * another port than the proxy's an app may have sent it.
+ */
 static __always_inline struct resolver *behind_slot(struct bpf_sock_addr *ctx, __u32 number)
 {
-	struct slot key = { .netns = bpf_get_netns_cookie(ctx), .number = number };
+	struct slot key = { .number = number };
 	struct resolver *found;
 
 	if (number >= SLOTS)
+		return NULL;
+	key.netns = bpf_get_netns_cookie(ctx);
+	if (ctx->user_port != dns_port(key.netns))
 		return NULL;
 	found = map_lookup(resolvers, &key);
 	if (found)
@@ -240,16 +255,11 @@ static __always_inline struct resolver *behind_slot(struct bpf_sock_addr *ctx, _
 	return found;
 }
 
-static __always_inline int may_be_slot(struct bpf_sock_addr *ctx)
-{
-	return ctx->protocol == IPPROTO_UDP && ctx->user_port == bpf_htons(DNS_PORT);
-}
-
 static __always_inline void restore4(struct bpf_sock_addr *ctx)
 {
 	struct resolver *found;
 
-	if (!may_be_slot(ctx))
+	if (ctx->protocol != IPPROTO_UDP)
 		return;
 	found = behind_slot(ctx, bpf_ntohl(ctx->user_ip4) - IPV4_SLOTS);
 	if (!found || !is_mapped_ipv4(found->ip))
@@ -263,7 +273,7 @@ static __always_inline void restore6(struct bpf_sock_addr *ctx)
 	struct resolver *found;
 	__u32 ip[4], base;
 
-	if (!may_be_slot(ctx))
+	if (ctx->protocol != IPPROTO_UDP)
 		return;
 	set_ipv6(ip, ctx->user_ip6);
 	base = is_mapped_ipv4(ip) ? IPV4_SLOTS : IPV6_SLOTS;

@@ -42,12 +42,18 @@ struct device {
 
 struct listener {
 	__u64 netns;
-	__u32 port;
+	__u32 port;	/* the well-known one, whatever the socket's */
 	__u32 worker;
 };
 
 struct pod {
 	__u32 inode;	/* of the namespace: for people who read the map */
+};
+
+struct pod_port {
+	__u64 netns;
+	__u32 port;	/* in host order */
+	__u32 padding;
 };
 
 /* Both ends of a TCP connection, from the one that opens it; ports in host order. */
@@ -93,6 +99,9 @@ struct resolver {
 
 /* The gate of backend `tc`: namespaces whose devices turn new connections to the proxy. */
 #define DEFINE_REDIRECTED DEFINE_HASH(redirected, __u64, struct pod, 4096)
+
+/* Ports of a pod that have changed places, each with the other (ports.h). */
+#define DEFINE_MOVED_PORTS DEFINE_HASH(moved_ports, struct pod_port, __u32, 16384)
 
 /* Connections without a socket in the pod (it forwards them) that were given to the proxy. */
 #define DEFINE_FORWARDED DEFINE_LRU_HASH(forwarded, struct connection, __u8, 65536)

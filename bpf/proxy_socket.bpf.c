@@ -9,6 +9,7 @@
  */
 #include "ends.h"
 #include "maps.h"
+#include "ports.h"
 
 DEFINE_LISTENERS;
 DEFINE_ADDRESSES;
@@ -35,7 +36,7 @@ int pyamb_sock(struct bpf_sock *sk)
 /* In place of an older one: the proxy that came last gets the connections. */
 static __always_inline void listening(struct bpf_sock_ops *ctx, __u64 netns)
 {
-	struct listener key = { .netns = netns, .port = ctx->local_port };
+	struct listener key = { .netns = netns, .port = swap_port(netns, ctx->local_port) };
 
 	if (is_our_port(key.port))
 		bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);

@@ -14,6 +14,7 @@
 #ifndef PYAMBIENT_QUERY_H
 #define PYAMBIENT_QUERY_H
 
+#include "ports.h"
 #include "segment.h"
 
 #define UDP_SOURCE	0
@@ -23,6 +24,12 @@
 DEFINE_DNS_PODS;
 DEFINE_FORWARDED_QUERIES;
 DEFINE_SPLIT_QUERIES;
+
+/* Of the proxy in this pod. */
+static __always_inline __be16 dns_port(void)
+{
+	return bpf_htons(swap_port(constant(netns), DNS_PORT));
+}
 
 static __always_inline int captures_dns(void)
 {
@@ -97,7 +104,7 @@ static __always_inline int divert(struct __sk_buff *skb, struct bpf_sock *sk,
 
 	if (!sk && map_update(forwarded_dns, &seg->ends, &yes))
 		return 0;
-	return set_port(skb, seg->offset, UDP_DEST, udp->dest, bpf_htons(DNS_PORT));
+	return set_port(skb, seg->offset, UDP_DEST, udp->dest, dns_port());
 }
 
 /* On lo: whether the proxy itself would receive what has come. */

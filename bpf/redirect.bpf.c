@@ -306,7 +306,7 @@ static __always_inline int answers(struct __sk_buff *skb, const struct segment *
 {
 	struct udphdr udp;
 
-	if (READ(skb, seg->offset, udp) || udp.source != bpf_htons(DNS_PORT))
+	if (READ(skb, seg->offset, udp) || udp.source != dns_port())
 		return TC_ACT_UNSPEC;
 	if (!set_port(skb, seg->offset, UDP_SOURCE, udp.source, bpf_htons(RESOLVER_PORT)))
 		return TC_ACT_SHOT;

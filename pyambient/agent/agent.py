@@ -69,6 +69,7 @@ class Agent:
                 nursery.start_soon(self._free_when_gone, enrolled)
                 nursery.start_soon(self._free, enrolled, self.enrolments.resume)
                 nursery.start_soon(self.enrolments.tidy, enrolled)
+                nursery.start_soon(self.enrolments.relocation.follow, enrolled)
                 await enrolled.freed.wait()
                 nursery.cancel_scope.cancel()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is in the log

@@ -10,7 +10,9 @@ from .records import Record
 
 def details_of(record: Record) -> PodDetails:
     """How the recorded pod is intercepted."""
-    return PodDetails(record.backend, record.addresses, dns=_dns_capture(record))
+    return PodDetails(
+        record.backend, record.addresses, dns=_dns_capture(record), ports=record.ports
+    )
 
 
 def _dns_capture(record: Record) -> DnsCapture | None:

@@ -137,8 +137,15 @@ class DetailsServer:
     async def introduced(self, pid: int) -> None:
         """Wait, but not long, until the proxy with this pid knows what is known of the pods."""
         with trio.move_on_after(INTRODUCTION_TIMEOUT):
-            while not any(peer.pid == pid for peer in self._peers):
+            while not self.knows(pid):
                 await self._arrival.wait()
+
+    def knows(self, pid: int) -> bool:
+        """Whether the proxy with this pid is told what is known of the pods."""
+        return any(peer.pid == pid for peer in self._peers)
+
+    def described(self, uid: str) -> PodDetails | None:
+        return self._described.get(uid)
 
     async def describe(self, uid: str, details: PodDetails) -> None:
         """Tell every proxy how the pod is intercepted, now and when another one connects."""

@@ -65,6 +65,7 @@ from .leaks import describe_leaks, look_for_leaks
 from .locate import find, is_replaced, record_of
 from .proxies import Proxies
 from .records import Record, RecordStore, State
+from .relocation import Relocation
 from .switch import Switch
 
 _PREPARING: Final = (Stage.PREPARE,)
@@ -96,6 +97,7 @@ class Enrolments:
         self._held = held
         self._kernel = KernelQueue()
         self._switch = Switch(store, proxies, self._kernel)
+        self.relocation = Relocation(store, proxies, self._kernel, self._refresh)
         self._pods: dict[str, Enrolled] = {}
         self.unfinished: list[Record] = []
 
@@ -222,6 +224,7 @@ class Enrolments:
             make_plan, enrolled.target, record.backend, site, record.options
         )
         self._write(enrolled, planned(record, plan, site))
+        await self.relocation.tell(enrolled)
         await self._apply(enrolled, _PREPARING)
         async with beside(partial(reserve, enrolled)):
             pid = await self._proxies.start(

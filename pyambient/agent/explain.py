@@ -25,6 +25,7 @@ from pyambient.intercept.tc_steps import Redirect
 from pyambient.model.address import SocketAddress, canonical_ip
 from pyambient.model.explained import Explanation, Finding, Outcome
 from pyambient.model.numbers import RESERVED_PORTS
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 from pyambient.zds.details import Explain
 
@@ -105,7 +106,8 @@ def observe(record: Record, netns: Netns) -> Interception:
         frozenset(s.device for s in steps if isinstance(s, EgressGuard) and not s.counts_only),
         any(isinstance(s, Fence) and not s.counts_only for s in steps),
         _routed(steps),
-        _listeners(steps, netns),
+        _listeners(steps, record.ports, netns),
+        record.ports,
     )
 
 
@@ -135,9 +137,11 @@ def _routed(steps: Iterable[Step]) -> frozenset[bool]:
     return frozenset(step.ipv6 for step in there if isinstance(step, Route)) & rules
 
 
-def _listeners(steps: Iterable[Step], netns: Netns) -> frozenset[int]:
-    """As the hooks see them where there are any, else as the kernel's tables do."""
+def _listeners(steps: Iterable[Step], ports: Ports, netns: Netns) -> frozenset[int]:
+    """The well-known ports: as the hooks see them if there are any, else as the kernel's tables."""
     for step in steps:
         if isinstance(step, ProxyListeners):
             return step.alive()
-    return frozenset(port for port, _ in listening(netns)) & frozenset(RESERVED_PORTS)
+    there = {port for port, _ in listening(netns)}
+    places = zip(RESERVED_PORTS, ports, strict=True)
+    return frozenset(well_known for well_known, port in places if port in there)

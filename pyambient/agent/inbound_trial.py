@@ -22,7 +22,6 @@ from typing import Final
 from pyambient.intercept.ctnetlink import Conntrack, Flow
 from pyambient.intercept.node_guard import peer_index
 from pyambient.model.address import SocketAddress
-from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT
 from pyambient.netns import Netns
 
 from .departures import TARGETS
@@ -67,20 +66,17 @@ def listener_of(entrance: Entrance, port: int) -> Listener | None:
         return diagnosis.listener(SocketAddress(entrance.ip, port), entrance.client, device)
 
 
-def steered(entrance: Entrance) -> str:
-    """Ask where sk_lookup sends a connection; what is wrong with that, or empty."""
-    found = listener_of(entrance, entrance.own.port)
+def steered(entrance: Entrance, own: SocketAddress, listener: int) -> str:
+    """Ask where sk_lookup sends a connection to `own`; what is wrong with that, or empty.
+
+    `listener` is the port where it should end.
+    """
+    found = listener_of(entrance, own.port)
     if found is None:
-        return f"nobody gets a connection to {entrance.own}: it is refused"
-    if found.port != INBOUND_PORT:
-        return f"a connection to {entrance.own} goes to port {found.port}, past the proxy"
+        return f"nobody gets a connection to {own}: it is refused"
+    if found.port != listener:
+        return f"a connection to {own} goes to port {found.port}, past the proxy"
     return ""
-
-
-def hbone(entrance: Entrance) -> str:
-    """The same for the mesh's own way in."""
-    found = listener_of(entrance, HBONE_PORT)
-    return "" if found else f"nobody listens on {HBONE_PORT}"
 
 
 def can_knock(entrance: Entrance) -> bool:
@@ -88,24 +84,24 @@ def can_knock(entrance: Entrance) -> bool:
     return peer_index(entrance.netns, entrance.device) is not None
 
 
-def redirected(entrance: Entrance) -> str:
-    """Send a SYN and see where netfilter turns it to; what is wrong with that, or empty."""
-    opening = Flow(entrance.client, entrance.own)
+def redirected(entrance: Entrance, own: SocketAddress, listener: int) -> str:
+    """Send a SYN to `own` and see where netfilter turns it to; as `steered`."""
+    opening = Flow(entrance.client, own)
     with Conntrack(entrance.netns, socket.IPPROTO_TCP) as conntrack:
         answers = None
         for _ in range(_ATTEMPTS):
             conntrack.forget(opening)
-            _knock(entrance)
+            _knock(entrance, own)
             answers = next(_awaited(conntrack, opening), None)
             if answers is not None:
                 break
         conntrack.forget(opening)
     if answers is None:
-        return f"a SYN from {entrance.client.ip} to {entrance.own} was not redirected"
-    if answers.source.port != INBOUND_PORT:
-        return f"a SYN to {entrance.own} went to port {answers.source.port}, past the proxy"
-    if listener_of(entrance, INBOUND_PORT) is None:
-        return f"nobody listens on {INBOUND_PORT}"
+        return f"a SYN from {entrance.client.ip} to {own} was not redirected"
+    if answers.source.port != listener:
+        return f"a SYN to {own} went to port {answers.source.port}, past the proxy"
+    if listener_of(entrance, listener) is None:
+        return f"nobody listens on {listener}"
     return ""
 
 
@@ -117,9 +113,9 @@ def _awaited(conntrack: Conntrack, opening: Flow) -> Iterator[Flow]:
         time.sleep(0.005)
 
 
-def _knock(entrance: Entrance) -> None:
+def _knock(entrance: Entrance, own: SocketAddress) -> None:
     """Put a SYN of the client's into the pod's device; OSError if its other end is not here."""
-    client, own = entrance.client, entrance.own
+    client = entrance.client
     with entrance.netns.socket(socket.AF_INET, socket.SOCK_DGRAM) as inside:
         request = struct.pack("16s24x", entrance.device.encode())
         hardware = fcntl.ioctl(inside, _SIOCGIFHWADDR, request)[18:24]

@@ -25,6 +25,7 @@ from pyambient.intercept.interface import (
     Interceptor,
     Plan,
     Pod,
+    PodNetwork,
     Reserving,
     Restoring,
     Site,
@@ -33,6 +34,7 @@ from pyambient.intercept.interface import (
     is_of_node,
 )
 from pyambient.intercept.options import CaptureOptions
+from pyambient.intercept.ports import choose_ports
 from pyambient.intercept.preflight import preflight
 from pyambient.intercept.rtnetlink import session
 from pyambient.intercept.runner import (
@@ -44,6 +46,7 @@ from pyambient.intercept.runner import (
     undo_stages,
 )
 from pyambient.intercept.survey import survey
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 
 from .enrolled import Enrolled
@@ -55,7 +58,13 @@ def make_plan(pod: Pod, backend: str, site: Site, options: CaptureOptions) -> Pl
     """What enrolling the pod would add; PyambientError if it cannot be enrolled as it is."""
     interceptor = choose(backend, site, pod.netns, options)
     preflight(pod, site, interceptor.name)
-    return interceptor.plan(pod, survey(pod.netns), options)
+    ports = choose_ports(pod.netns)
+    return interceptor.plan(pod, network_of(pod, ports), options)
+
+
+def network_of(pod: Pod, ports: Ports) -> PodNetwork:
+    """The pod's network as it is now, with the ports that the proxy has there."""
+    return dataclasses.replace(survey(pod.netns), ports=ports)
 
 
 def planned(record: Record, plan: Plan, site: Site) -> Record:
@@ -65,6 +74,7 @@ def planned(record: Record, plan: Plan, site: Site) -> Record:
         steps=plan.steps,
         addresses=addresses_of(plan),
         cgroup=None if site.cgroup is None else str(site.cgroup),
+        ports=plan.network.ports,
     )
 
 
@@ -171,7 +181,7 @@ def bring_up_to_date(
     """Turn what is applied into what the pod needs now, and apply again what has got lost."""
     pod, record = enrolled.target, enrolled.record
     seen, enrolled.seen = fingerprint(pod.netns, record.steps), b""
-    plan = interceptor.plan(pod, survey(pod.netns), record.options)
+    plan = interceptor.plan(pod, network_of(pod, record.ports), record.options)
     # What stays comes first: while steps are exchanged it must not be them that capture alone.
     repairs = _put_back(enrolled, [s for s in record.steps if s in plan.steps], store)
     if plan.steps != record.steps:

@@ -1,9 +1,10 @@
 """A short-lived process that connects from inside a pod and sees who answers.
 
-`python -m pyambient.agent.probe NETNS-FD CGROUP TRIAL...` moves where the pod's apps live (the
-cgroup before it makes a socket, then the network namespace), becomes nobody without capabilities
-(root hides ways around the interception) and makes each TRIAL, as in "TCP/IPv4", towards an
-address that is reserved for documentation. It prints a JSON object, a reason or null for each.
+`python -m pyambient.agent.probe NETNS-FD CGROUP PORTS TRIAL...` moves where the pod's apps live
+(the cgroup before it makes a socket, then the network namespace), becomes nobody without
+capabilities (root hides ways around the interception) and makes each TRIAL, as in "TCP/IPv4",
+towards an address that is reserved for documentation. PORTS are the proxy's, with commas between
+them. It prints a JSON object, a reason or null for each.
 
 The proof is the kernel's: the other end of a connection is a socket in this same namespace, and a
 query was answered although no device has sent it.
@@ -23,24 +24,20 @@ from pathlib import Path
 from typing import Final
 
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import OUTBOUND_PORT
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 
 from .departures import TARGETS, Departures
-from .probe_dns import ask_by_tcp, ask_by_udp
+from .probe_dns import ask_by_tcp, ask_by_udp, redirected_to
 from .sockdiag import SocketDiagnosis
 
 NOBODY: Final = 65534
-_REDIRECTED: Final = {
-    socket.AF_INET: SocketAddress("127.0.0.1", OUTBOUND_PORT),
-    socket.AF_INET6: SocketAddress("::1", OUTBOUND_PORT),
-}
 _ATTEMPTS: Final = 3
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 _PATIENCE: Final = 0.5
 
 
-def connect(target: SocketAddress) -> str:
+def connect(target: SocketAddress, ports: Ports) -> str:
     """Open a connection; why it was not captured, empty if it was."""
     diagnosis = SocketDiagnosis()
     client = socket.socket(target.family, socket.SOCK_STREAM)
@@ -54,7 +51,7 @@ def connect(target: SocketAddress) -> str:
         own = from_sockaddr(client.getsockname())
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
-            ends = (target, _REDIRECTED[target.family])
+            ends = (target, redirected_to(target, ports.outbound))
             if any(diagnosis.connected(end, own) for end in ends):
                 return ""
             if code := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -66,14 +63,14 @@ def connect(target: SocketAddress) -> str:
 _TRIALS: Final = {"TCP": connect, "DNS over UDP": ask_by_udp, "DNS over TCP": ask_by_tcp}
 
 
-def make(trial: str, departures: Departures) -> str | None:
+def make(trial: str, ports: Ports, departures: Departures) -> str | None:
     """Make a trial, more than once if it fails; why it was not captured, or None if it was."""
     kind, _, family = trial.partition("/")
     target = TARGETS[family]
     reason = "nothing was tried"
     for _ in range(_ATTEMPTS):
         departures.device()
-        reason = _TRIALS[kind](target)
+        reason = _TRIALS[kind](target, ports)
         if device := departures.device():
             return f"the query to {target.ip} left the pod by {device}"
         if not reason:
@@ -88,12 +85,13 @@ def _become_nobody() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    descriptor, cgroup, *trials = arguments
+    descriptor, cgroup, numbers, *trials = arguments
+    ports = Ports(*map(int, numbers.split(",")))
     if cgroup:
         Path(cgroup, "cgroup.procs").write_text("0", encoding="ascii")
     with Netns(int(descriptor), "pod").entered(), Departures() as departures:
         _become_nobody()
-        sys.stdout.write(json.dumps({trial: make(trial, departures) for trial in trials}))
+        sys.stdout.write(json.dumps({trial: make(trial, ports, departures) for trial in trials}))
         sys.stdout.flush()
         # Nobody cannot return to the first namespace, and has nothing to do there.
         os._exit(0)

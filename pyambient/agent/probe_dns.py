@@ -7,6 +7,7 @@ nothing on; the question is the root's, which tells nobody anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Final
 
 from pyambient.dns.framing import Frames, framed
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import DNS_PORT, RESOLVER_PORT
+from pyambient.model.numbers import RESOLVER_PORT
+from pyambient.model.ports import Ports
 
 from .sockdiag import SocketDiagnosis
 
@@ -23,20 +25,23 @@ _TWO_QUESTIONS: Final = b"\0\0\0\2\0\0\0\0\0\0" + 2 * _QUESTION
 _IS_RESPONSE: Final = 0x80
 _LONGEST: Final = 512
 _PATIENCE: Final = 0.5
-_REDIRECTED: Final = {
-    socket.AF_INET: SocketAddress("127.0.0.1", DNS_PORT),
-    socket.AF_INET6: SocketAddress("::1", DNS_PORT),
-}
+_LOCALHOST: Final = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
 
-def ask_by_udp(target: SocketAddress) -> str:
+def redirected_to(target: SocketAddress, port: int) -> SocketAddress:
+    """Where netfilter takes what goes to `target`, if the proxy listens on `port`."""
+    return SocketAddress(_LOCALHOST[target.family], port)
+
+
+def ask_by_udp(target: SocketAddress, _: Ports) -> str:
     """Ask the resolver at the target's address; why nobody has answered, empty if one has."""
     return _ask(target, socket.SOCK_DGRAM, _exchange_datagrams)
 
 
-def ask_by_tcp(target: SocketAddress) -> str:
+def ask_by_tcp(target: SocketAddress, ports: Ports) -> str:
     """The same over TCP; the other end of the connection must be a socket of this namespace."""
-    return _ask(target, socket.SOCK_STREAM, _exchange_frames)
+    exchange = functools.partial(_exchange_frames, ports)
+    return _ask(target, socket.SOCK_STREAM, exchange)
 
 
 _Exchange = Callable[[socket.socket, SocketAddress, bytes], str]
@@ -61,17 +66,19 @@ def _exchange_datagrams(client: socket.socket, _: SocketAddress, query: bytes) -
     return _judge(query, client.recv(_LONGEST))
 
 
-def _exchange_frames(client: socket.socket, resolver: SocketAddress, query: bytes) -> str:
-    if not _is_captured(client, resolver):
+def _exchange_frames(
+    ports: Ports, client: socket.socket, resolver: SocketAddress, query: bytes
+) -> str:
+    if not _is_captured(client, resolver, ports):
         return f"the connection to {resolver} is with somebody outside"
     client.sendall(framed(query))
     return _judge(query, _receive(client))
 
 
-def _is_captured(client: socket.socket, resolver: SocketAddress) -> bool:
+def _is_captured(client: socket.socket, resolver: SocketAddress, ports: Ports) -> bool:
     own = from_sockaddr(client.getsockname())
     with contextlib.closing(SocketDiagnosis()) as diagnosis:
-        ends = (resolver, _REDIRECTED[resolver.family])
+        ends = (resolver, redirected_to(resolver, ports.dns))
         return any(diagnosis.connected(end, own) for end in ends)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import trio
 
+from pyambient.errors import PyambientError
+from pyambient.intercept.holders import holders
+from pyambient.model.numbers import DNS_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.zds.details import Explain, PodDetails
@@ -20,7 +23,21 @@ class Proxies:
 
     def __init__(self) -> None:
         self._details = DetailsServer()
-        self._zds = ZdsServer(self._details.introduced)
+        self._zds = ZdsServer(self._details.introduced, self._objection)
+
+    def _objection(self, pid: int, uid: str, netns: Netns) -> PyambientError | None:
+        """One of another make listens on the well-known ports, and is told of no others."""
+        details = self._details.described(uid)
+        if details is None or self._details.knows(pid):
+            return None
+        taken = [p for p in details.ports.moved if p != DNS_PORT or details.dns is not None]
+        if not taken:
+            return None
+        return PyambientError(
+            f"port {taken[0]} of {netns.name} is taken by {holders(netns, taken[0])}, and the proxy"
+            f" (pid {pid}) can listen on no other",
+            "stop what has it, or serve the pod by 'pyambient proxy'",
+        )
 
     async def serve(
         self, run_dir: RunDir, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -53,6 +70,14 @@ class Proxies:
 
     async def describe(self, uid: str, details: PodDetails) -> None:
         await self._details.describe(uid, details)
+
+    async def refused(self, uid: str) -> None:
+        """Wait until a proxy could not serve the pod, which is enrolled."""
+        await self._zds.refused(uid)
+
+    async def offer(self, uid: str, patience: float) -> None:
+        """Ask the newest proxy once more to serve the pod."""
+        await self._zds.offer(uid, patience)
 
     async def drain(self, uid: str, timeout: float) -> int | None:  # noqa: ASYNC109  the proxy waits it out
         """Have the pod's connections finished; how many are left, None if that is unknown."""

@@ -28,6 +28,7 @@ from typing import Any, Final
 from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.intercept.interface import Step, from_record, to_record
 from pyambient.intercept.options import DEFAULTS, CaptureOptions
+from pyambient.model.ports import WELL_KNOWN, Ports
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 
@@ -87,7 +88,7 @@ class Record:
     """What is known of one pod's enrolment; `steps` are in the order of their application.
 
     `leaving` are those of a former backend that connections from its time still need, `existing`
-    the cookies of connections from before the enrolment.
+    the cookies of connections from before the enrolment, `ports` those on which the proxy listens.
     """
 
     pod: PodRef
@@ -100,6 +101,7 @@ class Record:
     options: CaptureOptions = DEFAULTS
     leaving: tuple[Step, ...] = ()
     existing: tuple[int, ...] = ()
+    ports: Ports = WELL_KNOWN
 
     def changed(self, **fields: Any) -> Record:
         return dataclasses.replace(self, **fields)
@@ -117,6 +119,7 @@ class Record:
             "options": self.options.to_json(),
             "leaving": to_record(self.leaving),
             "existing": list(self.existing),
+            "ports": list(self.ports),
         }
 
     @classmethod
@@ -138,6 +141,7 @@ class Record:
             CaptureOptions.from_json(fields["options"]),
             from_record(fields["leaving"]),
             tuple(map(int, fields["existing"])),
+            Ports(*map(int, fields["ports"])),
         )
 
 

@@ -20,4 +20,5 @@ def describe(record: Record) -> dict[str, Any]:
         "state": record.state.value,
         "addresses": list(record.addresses),
         "options": record.options.to_json(),
+        "ports": record.ports._asdict(),
     }

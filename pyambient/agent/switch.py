@@ -29,11 +29,10 @@ from pyambient.intercept.interface import Plan, Replacing, Site, Stage, Step
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.preflight import preflight
 from pyambient.intercept.runner import StepFailed, lost, undo_stages
-from pyambient.intercept.survey import survey
 from pyambient.observe.logs import get_logger
 
 from .enrolled import Enrolled
-from .interception import addresses_of, apply_recorded, observed, write
+from .interception import addresses_of, apply_recorded, network_of, observed, write
 from .kernel import KernelQueue
 from .proxies import Proxies
 from .records import Record, RecordStore
@@ -97,7 +96,7 @@ def _plan(enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions)
     record = enrolled.record
     _refuse_same_place(record, interceptor.name)
     preflight(enrolled.target, site, interceptor.name, (*record.leaving, *record.steps))
-    return interceptor.plan(enrolled.target, survey(enrolled.netns), options)
+    return interceptor.plan(enrolled.target, network_of(enrolled.target, record.ports), options)
 
 
 def _refuse_same_place(record: Record, backend: str) -> None:

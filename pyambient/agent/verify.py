@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,8 @@ from pyambient.intercept.interface import Pod
 from pyambient.intercept.listeners import held_sockets, listening
 from pyambient.intercept.runner import verify as verify_steps
 from pyambient.intercept.survey import survey
-from pyambient.model.numbers import HBONE_PORT, RESERVED_PORTS, RESOLVER_PORT
+from pyambient.model.address import SocketAddress
+from pyambient.model.numbers import HBONE_PORT, RESOLVER_PORT
 from pyambient.netns import Netns
 
 from . import inbound_trial
@@ -55,7 +56,7 @@ def verify(record: Record, netns: Netns, proxies: Collection[int]) -> list[Check
 
     `proxies` are the pids of those that serve the pod, 0 for one in another pid namespace.
     """
-    checks = [_state(record), *_steps(record, netns), *_listeners(netns, proxies)]
+    checks = [_state(record), *_steps(record, netns), *_listeners(record, netns, proxies)]
     families = _families(record)
     if not families:
         nothing = "it has none, so nothing can be tried"
@@ -104,7 +105,7 @@ def _outbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator
     kinds = ("TCP", "DNS over UDP", "DNS over TCP") if record.options.dns else ("TCP",)
     trials = [_Trial(kind, family) for kind in kinds for family in families]
     made = [trial.name for trial in trials if not trial.left_out(record)]
-    answers = _probe(netns, record.cgroup, made) if made else {}
+    answers = _probe(netns, record, made) if made else {}
     for trial in trials:
         if trial.name in answers:
             yield _judged(trial.what, answers[trial.name] or "")
@@ -120,9 +121,30 @@ def _inbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[
     devices = {address.ip: address.device for address in network.addresses}
     for ip in filter(None, found.values()):
         entrance = Entrance(netns, ip, devices[ip])
-        what = f"an {entrance.family} connection from outside to port {HBONE_PORT} is the proxy's"
-        yield _judged(what, inbound_trial.hbone(entrance))
+        yield _hbone_inbound(record, entrance)
         yield _plain_inbound(record, entrance)
+
+
+def _hbone_inbound(record: Record, entrance: Entrance) -> Check:
+    what = f"an {entrance.family} connection from outside to port {HBONE_PORT} is the proxy's"
+    own, listener = SocketAddress(entrance.ip, HBONE_PORT), record.ports.hbone
+    if listener == HBONE_PORT or _is_steered(record):
+        return _judged(what, inbound_trial.steered(entrance, own, listener))
+    if not inbound_trial.can_knock(entrance):
+        return _cannot_knock(entrance, "HBONE by")
+    return _judged(what, inbound_trial.redirected(entrance, own, listener))
+
+
+def _is_steered(record: Record) -> bool:
+    """Whether sk_lookup decides who gets a connection, not netfilter."""
+    return any(isinstance(step, SkLookup) for step in record.steps)
+
+
+def _cannot_knock(entrance: Entrance, kind: str) -> Check:
+    return Check(
+        f"{entrance.device} has no veth on this node, so {kind} {entrance.family} was not"
+        " tried; connect to the pod from another one and look at the access log"
+    )
 
 
 def _plain_inbound(record: Record, entrance: Entrance) -> Check:
@@ -132,25 +154,21 @@ def _plain_inbound(record: Record, entrance: Entrance) -> Check:
     if not record.options.inbound.captures(entrance.client.ip, entrance.own.port):
         client, own = entrance.client.ip, entrance.own
         return Check(f"what comes from {client} to {own} is excluded, so it was not tried")
-    trial: Callable[[Entrance], str] = inbound_trial.steered
-    if not any(isinstance(step, SkLookup) for step in record.steps):
-        trial = inbound_trial.redirected
-        if not inbound_trial.can_knock(entrance):
-            return Check(
-                f"{entrance.device} has no veth on this node, so plain {entrance.family} was not"
-                " tried; connect to the pod from another one and look at the access log"
-            )
-    return _judged(what, trial(entrance))
+    steered = _is_steered(record)
+    if not steered and not inbound_trial.can_knock(entrance):
+        return _cannot_knock(entrance, "plain")
+    trial = inbound_trial.steered if steered else inbound_trial.redirected
+    return _judged(what, trial(entrance, entrance.own, record.ports.inbound))
 
 
-def _listeners(netns: Netns, proxies: Collection[int]) -> Iterator[Check]:
+def _listeners(record: Record, netns: Netns, proxies: Collection[int]) -> Iterator[Check]:
     """Whether it is the proxy that has the proxy's ports: not every backend can keep them."""
     what = "the listeners in the pod are the proxy's"
     if not proxies:
         yield Check(what, "no proxy is connected to the agent", "start one, 'pyambient up' does")
     elif 0 not in proxies:
         held = held_sockets(proxies)
-        others = {p for p, inode in listening(netns) if p in RESERVED_PORTS and inode not in held}
+        others = {p for p, inode in listening(netns) if p in record.ports and inode not in held}
         ports = " ".join(map(str, sorted(others)))
         problem = f"somebody else listens on {ports}" if ports else ""
         yield Check(what, problem, "see with 'ss -ltnp' in the pod who it is" if ports else "")
@@ -176,10 +194,12 @@ def _families(record: Record) -> list[str]:
     return sorted(has)
 
 
-def _probe(netns: Netns, cgroup: str | None, trials: list[str]) -> dict[str, str | None]:
+def _probe(netns: Netns, record: Record, trials: list[str]) -> dict[str, str | None]:
     """Run `agent.probe` in the pod: {trial: why it was not captured, or None}."""
-    with _place(cgroup) as place:
-        command = [sys.executable, "-m", "pyambient.agent.probe", str(netns.fd), place, *trials]
+    with _place(record.cgroup) as place:
+        ports = ",".join(map(str, record.ports))
+        command = [sys.executable, "-m", "pyambient.agent.probe"]
+        command += [str(netns.fd), place, ports, *trials]
         try:
             done = subprocess.run(
                 command,

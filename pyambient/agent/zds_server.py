@@ -111,14 +111,22 @@ class ZdsServer:
     """The pods to be served, and the proxies that serve them.
 
     `introduce` is awaited with the pid of a proxy before its snapshot, so that the details
-    channel can be there first.
+    channel can be there first. `objection` says why a proxy, by its pid, cannot serve a pod at all;
+    it is not asked to then.
     """
 
-    def __init__(self, introduce: Callable[[int], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        introduce: Callable[[int], Awaitable[None]],
+        objection: Callable[[int, str, Netns], PyambientError | None] = lambda *_: None,
+    ) -> None:
         self.proxies: list[ProxyPeer] = []
         self._introduce = introduce
+        self._objection = objection
         self._pods: dict[str, tuple[PodRef, Netns]] = {}
         self._arrival = trio.Event()
+        self._refused: set[str] = set()
+        self._refusal = trio.Event()
 
     async def serve(
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -162,11 +170,33 @@ class ZdsServer:
 
     async def _name_all(self, peer: ProxyPeer, named: set[str]) -> None:
         while missing := [uid for uid in self._pods if uid not in named]:
-            pod, netns = self._pods[missing[0]]
-            named.add(pod.uid)
-            ack = await peer.exchange(Add(pod), netns)
-            if ack.error:
-                _log.error("the proxy cannot serve a pod", pod=str(pod), error=ack.error)
+            named.add(missing[0])
+            await self._name(peer, *self._pods[missing[0]])
+
+    async def _name(self, peer: ProxyPeer, pod: PodRef, netns: Netns) -> None:
+        objection = self._objection(peer.pid, pod.uid, netns)
+        if objection is not None:
+            _log.error("a pod is not served", pod=str(pod), error=str(objection))
+            return
+        ack = await peer.exchange(Add(pod), netns)
+        if ack.error:
+            _log.error("the proxy cannot serve a pod", pod=str(pod), error=ack.error)
+            self._refused.add(pod.uid)
+            self._refusal.set()
+            self._refusal = trio.Event()
+
+    async def refused(self, uid: str) -> None:
+        """Wait until a proxy that had been told of all pods could not serve this one."""
+        while uid not in self._refused:
+            await self._refusal.wait()
+        self._refused.remove(uid)
+
+    async def offer(self, uid: str, patience: float) -> None:
+        """Ask the newest proxy once more to serve a pod; what comes of it is logged."""
+        peer = await self.newest(trio.current_time() + patience)
+        if peer is not None and uid in self._pods:
+            with contextlib.suppress(ZdsError):
+                await self._name(peer, *self._pods[uid])
 
     def adopt(self, pod: PodRef, netns: Netns) -> None:
         """Have proxies that connect from now on serve the pod."""
@@ -179,6 +209,8 @@ class ZdsServer:
         """
         deadline = trio.current_time() + patience
         while (peer := await self.newest(deadline)) is not None:
+            if (objection := self._objection(peer.pid, pod.uid, netns)) is not None:
+                raise objection
             self._pods[pod.uid] = (pod, netns)
             try:
                 ack = await peer.exchange(Add(pod), netns)
@@ -208,6 +240,7 @@ class ZdsServer:
     async def remove(self, uid: str) -> None:
         """Have every proxy stop serving the pod; one that cannot be told gets a new snapshot."""
         self._pods.pop(uid, None)
+        self._refused.discard(uid)
         for peer in list(self.proxies):
             if not peer.greeted.is_set():
                 continue

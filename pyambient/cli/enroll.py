@@ -21,7 +21,7 @@ from .options import (
     existing_cgroup,
     require_root,
 )
-from .status import existing_lines
+from .status import existing_lines, moved_lines
 
 
 @click.command(
@@ -98,7 +98,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
         f" ({pod['backend']}, {addresses})"
     )
-    for line in existing_lines([pod]):
+    for line in (*moved_lines([pod]), *existing_lines([pod])):
         click.echo(line)
 
 
@@ -108,10 +108,16 @@ def _dry_run(settings: AgentSettings, choices: dict[str, Any], **request: str) -
     from pyambient.agent.interception import make_plan  # noqa: PLC0415 - loads the backends
     from pyambient.agent.locate import refuse_enrolled  # noqa: PLC0415 - beside its caller
     from pyambient.agent.records import RecordStore  # noqa: PLC0415 - beside its caller
+    from pyambient.intercept.holders import holders  # noqa: PLC0415 - loads the backends
 
     pod = Enrolled.opened(EnrolRequest(**request, choices=choices))
     with pod.netns:
         records, _ = RecordStore(settings.run_dir.pods).readable()
         refuse_enrolled(records, pod.netns)
         record = pod.record
-        return make_plan(pod.target, record.backend, settings.site, record.options).render()
+        plan = make_plan(pod.target, record.backend, settings.site, record.options)
+        taken = [
+            f"# port {port} is taken by {holders(pod.netns, port)}: the proxy takes {instead}\n"
+            for port, instead in plan.network.ports.moved.items()
+        ]
+        return "".join(taken) + plan.render()

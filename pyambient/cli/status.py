@@ -50,7 +50,7 @@ def command(ctx: click.Context, /, *, output: str) -> None:
     for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
         click.echo(line)
     pods = status["pods"]
-    for line in (*_choices(pods), *existing_lines(pods), *_leaks(pods)):
+    for line in (*_choices(pods), *moved_lines(pods), *existing_lines(pods), *_leaks(pods)):
         click.echo(line)
     if status["agent"] and not status["proxies"]:
         click.echo("note: no proxy is connected; what the pods send is refused", err=True)
@@ -79,6 +79,15 @@ def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:
     for pod in pods:
         for line in CaptureOptions.from_json(pod["options"]).in_words():
             yield f"{pod['netns']}: {line}"
+
+
+def moved_lines(pods: list[dict[str, Any]]) -> Iterator[str]:
+    """On which other ports the proxy listens, where somebody has its own."""
+    from pyambient.model.ports import Ports  # noqa: PLC0415 - not for --help
+
+    for pod in pods:
+        for well_known, port in Ports(**pod["ports"]).moved.items():
+            yield f"{pod['netns']}: the proxy listens on {port}, as {well_known} was taken"
 
 
 def existing_lines(pods: list[dict[str, Any]]) -> Iterator[str]:

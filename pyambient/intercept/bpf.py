@@ -37,6 +37,7 @@ from .bpf_steps import (
     NodeStep,
     OwnAddress,
     SkLookup,
+    moved_ports,
 )
 from .fib import Route, SlotRoute, delivery
 from .guards import guards
@@ -46,7 +47,7 @@ from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
 from .selection_map import selection_entries
-from .sysctl import ReservedPorts, Sysctl
+from .sysctl import Sysctl, reserved
 
 FOR_ANSWERS = ("net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect")
 FOR_ANSWERS_IPV6 = ("net.ipv6.fwmark_reflect",)
@@ -92,7 +93,8 @@ class Bpf:
                 *(self._bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
                 *(str(self._probe_cgroup), self._constants.node),
             ),
-            ReservedPorts(),
+            *moved_ports(self._bpffs, cookie, network.ports),
+            *reserved(network.ports),
             *(Sysctl(name, "1") for name in sysctls),
             *routing,
             *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
@@ -103,7 +105,7 @@ class Bpf:
             ),
             *selection_entries(self._bpffs, cookie, options),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
-            ProxyListeners(self._bpffs, str(self._cgroup), cookie),
+            ProxyListeners(self._bpffs, str(self._cgroup), cookie, tuple(network.ports)),
             SkLookup(self._bpffs, cookie, by_ifindex),
             *((DnsGate(self._bpffs, cookie),) if options.dns else ()),
             Gate(self._bpffs, cookie),

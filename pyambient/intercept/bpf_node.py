@@ -45,7 +45,7 @@ MAPS: Final = (
     *("pods", "addresses", "devices", "listeners"),
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
     *("dns_pods", RESOLVERS_MAP),
-    *("probe_sockets", "probes"),
+    *("probe_sockets", "probes", "moved_ports"),
 )
 REDIRECT_MAPS: Final = ("redirected", "forwarded", "forwarded_dns", "split_dns")
 _ALL_MAPS: Final = MAPS + REDIRECT_MAPS

@@ -19,6 +19,7 @@ from typing import ClassVar, Self
 from pyambient.errors import PyambientError
 from pyambient.model.address import packed_ip
 from pyambient.model.numbers import DNS_SLOT_COUNT
+from pyambient.model.ports import Ports
 
 from . import lo_filter
 from .bpf_node import (
@@ -122,6 +123,35 @@ class MapEntry(ABC):
     @abstractmethod
     def _value(self, pod: Pod) -> bytes:
         """What the entry holds."""
+
+
+@step
+@dataclass(frozen=True, slots=True)
+class MovedPort(MapEntry):
+    """One of two ports that have changed places in the pod: what the other one is to the hooks."""
+
+    kind: ClassVar[str] = "bpf-moved-port"
+    stage: ClassVar[Stage] = Stage.PREPARE
+    map_name: ClassVar[str] = "moved_ports"
+
+    port: int
+    other: int
+
+    def describe(self) -> str:
+        return f"bpf map moved_ports += {self.port}, which is {self.other} here"
+
+    def _key(self) -> bytes:
+        return struct.pack("=QII", self.cookie, self.port, 0)
+
+    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the step says it all
+        return struct.pack("=I", self.other)
+
+
+def moved_ports(bpffs: str, cookie: int, ports: Ports) -> Iterator[MovedPort]:
+    """What tells the hooks that some of the proxy's ports are others; the listeners come after."""
+    for well_known, port in ports.moved.items():
+        yield MovedPort(bpffs, cookie, well_known, port)
+        yield MovedPort(bpffs, cookie, port, well_known)
 
 
 @step

@@ -24,6 +24,7 @@ from pyambient.model.numbers import (
     RESOLVER_PORT,
     ROUTE_TABLE,
 )
+from pyambient.model.ports import WELL_KNOWN, Ports
 
 from .options import CaptureOptions
 from .selection import Ruling, Selection
@@ -41,7 +42,8 @@ class Interception:
     routes capture bound sockets, with `tc` those that have a redirect, each as (name, is it for
     IPv6); `guarded` have a guard that drops what goes past the capture, `fenced` tells that so does
     something at all other devices. `routed` tells for which family (True: IPv6) marked packets are
-    delivered on lo. `listeners` are the ports on which the proxy listens.
+    delivered on lo. `listeners` are the well-known ports for which the proxy listens, `ports` where
+    that is.
     """
 
     backend: str
@@ -54,6 +56,7 @@ class Interception:
     fenced: bool
     routed: frozenset[bool]
     listeners: frozenset[int]
+    ports: Ports = WELL_KNOWN
 
     @property
     def netfilter(self) -> bool:
@@ -63,6 +66,10 @@ class Interception:
     def at_devices(self) -> bool:
         """Whether packets are captured where they leave, not sockets where they connect."""
         return self.backend == "tc"
+
+    def place_of(self, port: int) -> int:
+        """What stands for a well-known port in this pod."""
+        return self.ports.moved.get(port, port)
 
     def has(self, ip: str) -> bool:
         """Whether the address is one of the pod's own."""
@@ -207,9 +214,12 @@ def _dns(pod: Interception, port: int) -> Ruled:
 
 
 def _listener(pod: Interception, port: int, otherwise: str) -> Ruled:
+    where = str(pod.place_of(port))
+    if port in pod.ports.moved:
+        where += f", as somebody had {port}"
     if port in pod.listeners:
-        return Finding("listener", True, f"the proxy listens on {port}"), None
-    found = f"nobody listens on {port}: no proxy serves the pod"
+        return Finding("listener", True, f"the proxy listens on {where}"), None
+    found = f"nobody listens on {where}: no proxy serves the pod"
     return Finding("listener", False, found), End(Outcome.REFUSED, f"{otherwise}: {found}")
 
 
@@ -234,6 +244,7 @@ def _probe(pod: Interception, source: str) -> Ruled:
 
 
 def _handed_over(pod: Interception, port: int) -> Ruled:
-    how = "redirected" if pod.netfilter and port != HBONE_PORT else "handed"
-    found = f"it is {how} to the proxy on {port}"
+    place = pod.place_of(port)
+    how = "redirected" if pod.netfilter and place != HBONE_PORT else "handed"
+    found = f"it is {how} to the proxy on {place}"
     return Finding("captured", True, found), End(Outcome.CAPTURED, found)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pyambient.errors import PyambientError
+from pyambient.model.ports import WELL_KNOWN, Ports
 from pyambient.netns import Netns
 
 from .options import DEFAULTS, CaptureOptions
@@ -78,7 +79,7 @@ class PodNetwork:
 
     `devices` are all that are up but lo, `ipv4_only` those of them with IPv6 turned off.
     `tentative` are addresses that duplicate address detection still holds back (RFC 4862
-    section 5.4): no route can name them as its source yet.
+    section 5.4): no route can name them as its source yet. `ports` are those that the proxy has.
     """
 
     addresses: tuple[PodAddress, ...]
@@ -86,6 +87,7 @@ class PodNetwork:
     has_ipv6: bool
     ipv4_only: tuple[str, ...] = ()
     tentative: tuple[PodAddress, ...] = ()
+    ports: Ports = WELL_KNOWN
 
     def primary(self, *, ipv6: bool, device: str | None = None) -> str | None:
         """The address captured connections get as their source: the first one of a real scope.

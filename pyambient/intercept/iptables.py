@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Self
 
 from pyambient.errors import PyambientError
 from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
+from pyambient.model.ports import Ports
 
 from . import netfilter, nf_tables
 from .dns_flows import FORGETTING, forget_dns_flows
@@ -25,7 +27,7 @@ from .options import DEFAULTS, CaptureOptions
 from .probe_source import IptablesProbeSource, probed
 from .programs import run
 from .selection import PortRange
-from .sysctl import ReservedPorts
+from .sysctl import reserved
 
 _INBOUND, _OUTBOUND, _LEAVING = "ISTIO_PRERT", "ISTIO_OUTPUT", "ISTIO_POSTRT"
 _HOOKS = {_INBOUND: "PREROUTING", _OUTBOUND: "OUTPUT", _LEAVING: "POSTROUTING"}
@@ -293,14 +295,15 @@ class Iptables:
     ) -> Plan:
         refuse_guard_node(self.name, options)
         variant = choose_variant(pod.netns) if self.variant is None else self.variant
-        steps: list[Step] = [ReservedPorts(), *delivery(network, connects=False)]
+        lines = partial(_lines, options, network.ports)
+        steps: list[Step] = [*reserved(network.ports), *delivery(network, connects=False)]
         for ipv6 in (False, True) if network.has_ipv6 else (False,):
             if variant == "nft":
                 steps.append(NftTables(ipv6))
-            inbound = _lines(options, Place.INBOUND, ipv6=ipv6)
-            outbound = _lines(options, Place.OUTBOUND, ipv6=ipv6)
-            steps.append(Foundation(ipv6, variant, _lines(options, *FOUNDATION, ipv6=ipv6)))
-            untracked = _lines(options, *UNTRACKED, ipv6=ipv6)
+            inbound = lines(Place.INBOUND, ipv6=ipv6)
+            outbound = lines(Place.OUTBOUND, ipv6=ipv6)
+            steps.append(Foundation(ipv6, variant, lines(*FOUNDATION, ipv6=ipv6)))
+            untracked = lines(*UNTRACKED, ipv6=ipv6)
             steps += [Untracked(ipv6, variant, untracked)] if untracked else []
             steps += [InboundRedirect(ipv6, variant, inbound)] if inbound else []
             steps.append(OutboundRedirect(ipv6, variant, outbound, options.dns))
@@ -311,12 +314,12 @@ class Iptables:
         return f"<Iptables {self.variant or 'of the pod'}>"
 
 
-def _lines(options: CaptureOptions, *places: Place, ipv6: bool) -> tuple[str, ...]:
+def _lines(options: CaptureOptions, ports: Ports, *places: Place, ipv6: bool) -> tuple[str, ...]:
     """The rules of these places in the words of iptables."""
     return tuple(
         f"-A {_PLACES[place]} {_words(single)}"
         for place in places
-        for rule in netfilter.rules(place, options, ipv6=ipv6)
+        for rule in netfilter.rules(place, options, ipv6=ipv6, ports=ports)
         for single in _singles(rule)
     )
 

@@ -32,7 +32,7 @@ from .bpf_node import existing_map, node_map
 from .interface import Pod, Stage, step
 from .kernel_objects import Map
 
-_PORTS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
+_ALWAYS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
 _SYS_PIDFD_GETFD: Final = 438  # on every architecture
 _SIOCGSKNS: Final = 0x894C
 _LISTENING: Final = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
@@ -45,7 +45,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @step
 @dataclass(frozen=True, slots=True)
 class ProxyListeners:
-    """What is known of one pod's; nothing is missing where no proxy listens."""
+    """What is known of one pod's; nothing is missing where no proxy listens.
+
+    The maps know a listener by its well-known port. `ports` are where they are in this pod, in the
+    order of RESERVED_PORTS.
+    """
 
     kind: ClassVar[str] = "bpf-listeners"
     stage: ClassVar[Stage] = Stage.STEER
@@ -53,6 +57,7 @@ class ProxyListeners:
     bpffs: str
     cgroup: str
     cookie: int
+    ports: tuple[int, ...] = RESERVED_PORTS
 
     def describe(self) -> str:
         return "bpf maps listeners, proxy_sockets += those from before, by pidfd_getfd"
@@ -85,7 +90,7 @@ class ProxyListeners:
         return f"not in the BPF map listeners: {ports}" if ports else None
 
     def alive(self) -> frozenset[int]:
-        """The ports for which the pod has a listener in the map: what the hooks go by."""
+        """The well-known ports that have a listener in the map: what the hooks go by."""
         listeners = node_map(Path(self.bpffs), "listeners")
         if listeners is None:
             return frozenset()
@@ -94,16 +99,16 @@ class ProxyListeners:
             return frozenset(found)
 
     def _needed(self) -> tuple[int, ...]:
-        """The ports that the hooks look for; one that the proxy does not serve costs a search."""
+        """What the hooks look for; a port that the proxy does not serve costs a search."""
         gates = node_map(Path(self.bpffs), "dns_pods")
         if gates is None:
-            return _PORTS
+            return _ALWAYS
         with gates:
             is_dns_captured = gates.get(struct.pack("=Q", self.cookie)) is not None
-        return RESERVED_PORTS if is_dns_captured else _PORTS
+        return RESERVED_PORTS if is_dns_captured else _ALWAYS
 
     def _lost(self, pod: Pod, ports: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """The listeners that are not in the map: {port: (pid of the proxy, its descriptor)}."""
+        """Those that are not in the map: {well-known port: (pid of the proxy, its descriptor)}."""
         listeners = node_map(Path(self.bpffs), "listeners")
         if listeners is None:
             return {}
@@ -115,7 +120,8 @@ class ProxyListeners:
         if not held:
             return {}  # no proxy: the walk through all sockets of the node can be spared
         found = {port: inode for port, inode in listening(pod.netns) if inode in held}
-        return {port: held[found[port]] for port in absent if port in found}
+        places = dict(zip(RESERVED_PORTS, self.ports, strict=True))
+        return {port: held[found[places[port]]] for port in absent if places[port] in found}
 
     def _key(self, port: int) -> bytes:
         return struct.pack("=QII", self.cookie, port, 0)

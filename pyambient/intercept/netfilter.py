@@ -4,6 +4,8 @@ General theory of operation
 ---------------------------
 TCP is redirected, and DNS. Outbound, every new connection of an app goes to 15001, or to 15053 if
 it is for a resolver; inbound, those from outside go to 15006, and those to 15008 are left alone.
+Where somebody in the pod has one of these ports, what stands for it is named instead; for 15008,
+which stays what others connect to, there is a redirect more.
 The proxy's own sockets are known by their mark (any container with CAP_NET_RAW can set it: only
 backend "bpf" does without that trust). A connection from the proxy to the app keeps the client's
 address, so the app's answers would leave the pod: the proxy's mark is noted on the conntrack entry,
@@ -39,16 +41,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pyambient.model.numbers import (
-    DNS_PORT,
     HBONE_PORT,
-    INBOUND_PORT,
     LOOPBACK_MARK,
-    OUTBOUND_PORT,
     PROBE_ADDRESS_V4,
     PROBE_ADDRESS_V6,
     PROXY_MARK,
     RESOLVER_PORT,
 )
+from pyambient.model.ports import WELL_KNOWN, Ports
 
 from .options import CaptureOptions
 from .selection import Cidr, PortRange, Selection
@@ -150,7 +150,9 @@ _UNTRACKED: Final = {
 }
 
 
-def rules(place: Place, options: CaptureOptions, *, ipv6: bool) -> tuple[Rule, ...]:
+def rules(
+    place: Place, options: CaptureOptions, *, ipv6: bool, ports: Ports = WELL_KNOWN
+) -> tuple[Rule, ...]:
     """All rules of one place for one family, in their order."""
     match place:
         case Place.REPLIES_IN:
@@ -167,13 +169,23 @@ def rules(place: Place, options: CaptureOptions, *, ipv6: bool) -> tuple[Rule, .
         case Place.UNTRACKED_IN | Place.UNTRACKED_OUT:
             return (_UNTRACKED[place],) if options.dns else ()
         case Place.INBOUND:
-            captured = () if options.bypass_inbound else _inbound(options.inbound, ipv6=ipv6)
-            return (*_from_virtual_interfaces(options.devices), *captured)
+            captured = () if options.bypass_inbound else _inbound(options.inbound, ports, ipv6=ipv6)
+            hbone = _hbone(ports, ipv6=ipv6)
+            return (*_from_virtual_interfaces(options.devices, ports), *hbone, *captured)
         case Place.OUTBOUND:
-            return _outbound(options.outbound, dns=options.dns, ipv6=ipv6)
+            return _outbound(options.outbound, ports, dns=options.dns, ipv6=ipv6)
 
 
-def _inbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
+def _hbone(ports: Ports, *, ipv6: bool) -> tuple[Rule, ...]:
+    """None where it arrives where it is to go."""
+    if ports.hbone == HBONE_PORT:
+        return ()
+    to_hbone = Match(Field.DESTINATION_PORT, HBONE_PORT)
+    new = (_not_to_localhost(ipv6=ipv6), _TCP, _OPENING, to_hbone, _NOT_OF_PROXY)
+    return (Rule("HBONE to the proxy", new, Action.REDIRECT, ports.hbone),)
+
+
+def _inbound(selection: Selection, ports: Ports, *, ipv6: bool) -> tuple[Rule, ...]:
     not_hbone = Match(Field.DESTINATION_PORT, HBONE_PORT, negated=True)
     new = (_not_to_localhost(ipv6=ipv6), _TCP, _OPENING, not_hbone, _NOT_OF_PROXY)
     probe = Match(Field.SOURCE, _probe_address(ipv6=ipv6))
@@ -181,13 +193,13 @@ def _inbound(selection: Selection, *, ipv6: bool) -> tuple[Rule, ...]:
         Rule("a health probe of the node", (probe, _TCP), Action.ACCEPT),
         *_excluded(selection, Field.SOURCE, ipv6=ipv6),
         *(
-            Rule("inbound to the proxy", (*included, *new), Action.REDIRECT, INBOUND_PORT)
+            Rule("inbound to the proxy", (*included, *new), Action.REDIRECT, ports.inbound)
             for included in _included(selection, Field.SOURCE, ipv6=ipv6)
         ),
     )
 
 
-def _outbound(selection: Selection, *, dns: bool, ipv6: bool) -> tuple[Rule, ...]:
+def _outbound(selection: Selection, ports: Ports, *, dns: bool, ipv6: bool) -> tuple[Rule, ...]:
     beyond = _not_to_localhost(ipv6=ipv6)
     probe = Match(Field.DESTINATION, _probe_address(ipv6=ipv6))
     dns = dns and not any(
@@ -206,26 +218,26 @@ def _outbound(selection: Selection, *, dns: bool, ipv6: bool) -> tuple[Rule, ...
         Rule("the pod to itself", (beyond, _BY_LO), Action.ACCEPT),
         *localhost,
         *_excluded(selection, Field.DESTINATION, ipv6=ipv6),
-        *(rule for where in captured for rule in _to_proxy(where, dns=dns)),
+        *(rule for where in captured for rule in _to_proxy(where, ports, dns=dns)),
     )
 
 
-def _to_proxy(where: tuple[Match, ...], *, dns: bool) -> Iterator[Rule]:
+def _to_proxy(where: tuple[Match, ...], ports: Ports, *, dns: bool) -> Iterator[Rule]:
     new = (*where, _TCP, _OPENING)
     if dns:
         queries = (*where, _UDP, _TO_RESOLVER, _NOT_OF_PROXY)
-        yield Rule("DNS to the proxy", queries, Action.REDIRECT, DNS_PORT)
+        yield Rule("DNS to the proxy", queries, Action.REDIRECT, ports.dns)
         to_resolver = (*new, _TO_RESOLVER_BY_TCP, _NOT_OF_PROXY)
-        yield Rule("DNS over TCP to the proxy", to_resolver, Action.REDIRECT, DNS_PORT)
-    yield Rule("outbound to the proxy", (*new, _NOT_OF_PROXY), Action.REDIRECT, OUTBOUND_PORT)
+        yield Rule("DNS over TCP to the proxy", to_resolver, Action.REDIRECT, ports.dns)
+    yield Rule("outbound to the proxy", (*new, _NOT_OF_PROXY), Action.REDIRECT, ports.outbound)
 
 
-def _from_virtual_interfaces(devices: tuple[str, ...]) -> Iterator[Rule]:
+def _from_virtual_interfaces(devices: tuple[str, ...], ports: Ports) -> Iterator[Rule]:
     """What comes in there is outbound traffic of others, a virtual machine's for example."""
     for device in devices:
         by_it = (Match(Field.INPUT_DEVICE, device), _TCP)
         why = f"outbound by {device}"
-        yield Rule(f"{why} to the proxy", (*by_it, _OPENING), Action.REDIRECT, OUTBOUND_PORT)
+        yield Rule(f"{why} to the proxy", (*by_it, _OPENING), Action.REDIRECT, ports.outbound)
         yield Rule(f"the rest of what is {why}", by_it, Action.RETURN)
 
 

@@ -12,6 +12,7 @@ import json
 from typing import Any, Final
 
 from pyambient.model.numbers import LOOPBACK_MARK, MARK_MASK
+from pyambient.model.ports import WELL_KNOWN, Ports
 
 from .netfilter import Action, Field, Match, Place, Rule, rules
 from .options import CaptureOptions
@@ -52,7 +53,9 @@ _VERDICTS: Final = {
 }
 
 
-def encode(family: str, place: Place, options: CaptureOptions) -> tuple[str, ...]:
+def encode(
+    family: str, place: Place, options: CaptureOptions, ports: Ports = WELL_KNOWN
+) -> tuple[str, ...]:
     """The rules of a place, for its chain in our table of the family, "ip" or "ip6".
 
     Each is one JSON object.
@@ -60,7 +63,7 @@ def encode(family: str, place: Place, options: CaptureOptions) -> tuple[str, ...
     where = {"family": family, "table": TABLE, "chain": place.value}
     return tuple(
         json.dumps({**where, "comment": rule.why, "expr": _parts(family, rule)})
-        for rule in rules(place, options, ipv6=family == "ip6")
+        for rule in rules(place, options, ipv6=family == "ip6", ports=ports)
     )
 
 

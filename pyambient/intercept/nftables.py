@@ -22,7 +22,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Final, Self
+
+from pyambient.model.ports import Ports
 
 from . import nf_tables
 from .dns_flows import FORGETTING, forget_dns_flows
@@ -35,7 +38,7 @@ from .nft_rules import TABLE, encode, text
 from .options import DEFAULTS, CaptureOptions
 from .probe_source import NftProbeSource, probed
 from .programs import installed, not_installed, run
-from .sysctl import ReservedPorts
+from .sysctl import reserved
 
 _FAMILIES: Final = {"ip": NFPROTO_IPV4, "ip6": NFPROTO_IPV6}
 # Two come before conntrack (-200); those of type nat before dstnat (-100). A chain of type route
@@ -223,16 +226,16 @@ class Nftables:
         if not installed("nft"):
             raise not_installed("nft")
         families = ("ip", "ip6") if network.has_ipv6 else ("ip",)
-        inbound = _encode(options, families, Place.INBOUND)
-        untracked = _encode(options, families, *UNTRACKED)
+        encoded = partial(_encode, options, families, network.ports)
+        inbound, untracked = encoded(Place.INBOUND), encoded(*UNTRACKED)
         steps: tuple[Step, ...] = (
-            ReservedPorts(),
+            *reserved(network.ports),
             *delivery(network, connects=False),
-            Tables(_encode(options, families, *FOUNDATION)),
+            Tables(encoded(*FOUNDATION)),
             *([Untracked(untracked)] if untracked else []),
             *(NftProbeSource(ip) for ip in probed(network)),
             *([Inbound(inbound)] if inbound else []),
-            Outbound(_encode(options, families, Place.OUTBOUND), options.dns),
+            Outbound(encoded(Place.OUTBOUND), options.dns),
         )
         return Plan(self.name, network, steps)
 
@@ -240,7 +243,12 @@ class Nftables:
         return "<Nftables>"
 
 
-def _encode(options: CaptureOptions, families: Iterable[str], *places: Place) -> tuple[str, ...]:
+def _encode(
+    options: CaptureOptions, families: Iterable[str], ports: Ports, *places: Place
+) -> tuple[str, ...]:
     return tuple(
-        rule for family in families for place in places for rule in encode(family, place, options)
+        rule
+        for family in families
+        for place in places
+        for rule in encode(family, place, options, ports)
     )

@@ -87,9 +87,9 @@ def addressed_resolvers(netns: Netns, is_own: Callable[[str], bool]) -> Resolver
     return _Addressed(netns, is_own)
 
 
-def conntrack_resolvers(netns: Netns) -> ResolverLookup:
-    """For a pod of a netfilter backend."""
-    return _Redirects(Conntrack(netns))
+def conntrack_resolvers(netns: Netns, port: int = DNS_PORT) -> ResolverLookup:
+    """For a pod of a netfilter backend; `port` is the proxy's for DNS."""
+    return _Redirects(Conntrack(netns), port)
 
 
 def slot_number(ip: str) -> int | None:
@@ -173,11 +173,12 @@ class _Addressed:
 
 
 class _Redirects:
-    def __init__(self, conntrack: Conntrack) -> None:
+    def __init__(self, conntrack: Conntrack, port: int) -> None:
         self._conntrack = conntrack
+        self._port = port
 
     def resolver(self, peer: tuple[str, int], local_ip: str) -> str | None:
-        answers = Flow(SocketAddress(local_ip, DNS_PORT), SocketAddress(*peer))
+        answers = Flow(SocketAddress(local_ip, self._port), SocketAddress(*peer))
         opening = self._conntrack.opening(answers)
         if opening is None or opening.destination.port != RESOLVER_PORT:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
@@ -12,13 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from pyambient.errors import NeedsRoot, PyambientError, UnsupportedFeature, UsageError
-from pyambient.model.numbers import (
-    DNS_PORT,
-    HBONE_PORT,
-    INBOUND_PORT,
-    OUTBOUND_PORT,
-    ROUTE_TABLE,
-)
+from pyambient.model.numbers import ROUTE_TABLE
 from pyambient.netns import Netns
 
 from .fib import foreign
@@ -36,20 +29,13 @@ _SIOCGIFFLAGS: Final = 0x8913
 _IFF_UP: Final = 0x1
 _LO_WITHOUT_IPV6: Final = "net.ipv6.conf.lo.disable_ipv6"
 _NAMED_AT_MOST: Final = 5
-_LISTENERS: Final = (
-    (socket.SOCK_STREAM, OUTBOUND_PORT),
-    (socket.SOCK_STREAM, INBOUND_PORT),
-    (socket.SOCK_STREAM, HBONE_PORT),
-    (socket.SOCK_STREAM, DNS_PORT),
-    (socket.SOCK_DGRAM, DNS_PORT),
-)
 
 
 def preflight(pod: Pod, site: Site, backend: str, recorded: Collection[Step] = ()) -> None:
     """Raise the PyambientError that keeps this pod from being enrolled with this backend.
 
     Nothing is changed. `recorded` is what an enrolment by another backend has added: that is not
-    in the way, and the listeners are the proxy's then.
+    in the way.
     """
     if os.geteuid() != 0:
         raise NeedsRoot("enroll")
@@ -57,8 +43,6 @@ def preflight(pod: Pod, site: Site, backend: str, recorded: Collection[Step] = (
     _check_loopback(pod.netns)
     if backend == "bpf":
         check_cgroup(pod.netns, site)
-    if not recorded:
-        _check_ports(pod.netns)
     _check_chains(pod.netns, backend, {step.kind.partition("-")[0] for step in recorded})
     _check_routing(pod.netns, recorded)
 
@@ -126,38 +110,6 @@ def _named(processes: Iterable[Process]) -> str:
     names = [str(process) for process in processes]
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _check_ports(netns: Netns) -> None:
-    """Try what the proxy will do; a listener or a connection's own port is in its way."""
-    for kind, port in _LISTENERS:
-        try:
-            _bind(netns, kind, port)
-        except OSError as error:
-            protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
-            taken = error.errno == errno.EADDRINUSE
-            raise PyambientError(
-                f"{protocol} port {port} {'is taken' if taken else 'cannot be bound'}"
-                f" in {netns.name}{'' if taken else f': {error.strerror}'}",
-                f"stop what 'ss -{protocol[0]}anp sport = :{port}' shows there",
-            ) from None
-
-
-def _bind(netns: Netns, kind: int, port: int) -> None:
-    """Bind both families; where the kernel has no IPv6, IPv4."""
-    try:
-        probe, host = netns.socket(socket.AF_INET6, kind), "::"
-    except OSError as error:
-        if error.errno != errno.EAFNOSUPPORT:
-            raise
-        probe, host = netns.socket(socket.AF_INET, kind), ""
-    with probe:
-        if host:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if kind == socket.SOCK_STREAM:
-            # As the proxy's listeners: connections that wait in TIME_WAIT are not in the way.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
 
 
 def _check_chains(netns: Netns, backend: str, recorded: Collection[str]) -> None:

@@ -29,8 +29,9 @@ _REQUEST_V2: Final = struct.Struct("=BBBxI48s")
 # inet_diag_sockid: ports and addresses in network order, device, cookie.
 _IDENTITY_SIZE: Final = 48
 _TO_PORT: Final = struct.Struct("!2xH44x")
-# inet_diag_msg: family, state, timer, retransmits; the socket's id; what nobody here needs.
-_ANSWER: Final = struct.Struct("=B3x48s20x")
+_FROM_PORT: Final = struct.Struct("!H46x")
+# inet_diag_msg: family, state, timer, retransmits; the socket's id; what nobody here needs; inode.
+_ANSWER: Final = struct.Struct("=B3x48s16xI")
 _INET_DIAG_MARK: Final = 15
 _INET_DIAG_CGROUP_ID: Final = 21
 _TCP_ESTABLISHED: Final = 1
@@ -42,11 +43,15 @@ _CANNOT: Final = frozenset((errno.EOPNOTSUPP, errno.EINVAL))
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """A socket: its family, its struct inet_diag_sockid, and the attributes it was told with."""
+    """A socket: its family, its struct inet_diag_sockid, and the attributes it was told with.
+
+    `inode` is 0 where no process has it any more.
+    """
 
     family: int
     identity: bytes
     attributes: bytes
+    inode: int = 0
 
     @property
     def cookie(self) -> int:
@@ -90,8 +95,8 @@ def dump(netns: Netns, kind: int, body: bytes) -> Iterator[Socket]:
     with _diagnosis(netns) as kernel:
         answers = kernel.each(kind, body)
         while (answer := _next(answers)) is not None:
-            family, identity = _ANSWER.unpack_from(answer)
-            yield Socket(family, identity, answer[_ANSWER.size :])
+            family, identity, inode = _ANSWER.unpack_from(answer)
+            yield Socket(family, identity, answer[_ANSWER.size :], inode)
 
 
 def _next(answers: Iterator[bytes]) -> bytes | None:
@@ -103,9 +108,17 @@ def _next(answers: Iterator[bytes]) -> bytes | None:
 
 def udp_sockets_to(netns: Netns, port: int) -> Iterator[Socket]:
     """The UDP sockets that are connected to this port."""
-    identity = _TO_PORT.pack(port)
+    yield from _sockets(netns, socket.IPPROTO_UDP, 1 << _TCP_ESTABLISHED, _TO_PORT.pack(port))
+
+
+def sockets_from(netns: Netns, protocol: int, port: int) -> Iterator[Socket]:
+    """The sockets that have this port as their own."""
+    yield from _sockets(netns, protocol, _ALL_STATES, _FROM_PORT.pack(port))
+
+
+def _sockets(netns: Netns, protocol: int, states: int, identity: bytes) -> Iterator[Socket]:
     for family in (socket.AF_INET, socket.AF_INET6):
-        asked = _REQUEST_V2.pack(family, socket.IPPROTO_UDP, 0, 1 << _TCP_ESTABLISHED, identity)
+        asked = _REQUEST_V2.pack(family, protocol, 0, states, identity)
         yield from dump(netns, _SOCK_DIAG_BY_FAMILY, asked)
 
 

@@ -7,13 +7,14 @@ pod is the file opened inside `Netns.entered()`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pyambient.errors import PyambientError
 from pyambient.model.numbers import RESERVED_PORTS
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 
 from .interface import Pod, Stage, step
@@ -118,6 +119,13 @@ class ReservedPorts:
     def missing(self, pod: Pod) -> str | None:
         absent = set(self.ports) - _parse_ports(read(pod.netns, RESERVED) or "")
         return f"not reserved: {_format_ports(absent)}" if absent else None
+
+
+def reserved(ports: Ports) -> Iterator[ReservedPorts]:
+    """The well-known ports, and what stands for some of them in this pod."""
+    yield ReservedPorts()
+    if ports.moved:
+        yield ReservedPorts(tuple(ports.moved.values()))
 
 
 def _parse_ports(text: str) -> set[int]:

@@ -33,7 +33,7 @@ from pyambient.errors import UnsupportedFeature
 from pyambient.netns import Netns
 
 from .bpf import FOR_ANSWERS, FOR_ANSWERS_IPV6
-from .bpf_steps import LoopbackNote, OwnAddress, SkLookup
+from .bpf_steps import LoopbackNote, OwnAddress, SkLookup, moved_ports
 from .fence import fence
 from .fib import delivery
 from .guards import guards
@@ -43,7 +43,7 @@ from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
 from .selection_map import selection_entries
-from .sysctl import ReservedPorts, Sysctl, read
+from .sysctl import Sysctl, read, reserved
 from .tc_steps import Arrival, ProxyStep, Redirect, RedirectDnsGate, RedirectGate
 
 _FOR_ARRIVALS = (
@@ -85,7 +85,8 @@ class Tc:
                 *(bpffs, str(self._cgroup), by_ifindex, self._constants.has_set_retval),
                 *(str(self._probe_cgroup), self._constants.node),
             ),
-            ReservedPorts(),
+            *moved_ports(bpffs, cookie, network.ports),
+            *reserved(network.ports),
             *(Sysctl(name, "1") for name in answers),
             *_FOR_ARRIVALS,
             *delivery(network, connects=False),
@@ -95,7 +96,7 @@ class Tc:
             *(Redirect(bpffs, device, cookie) for device in network.devices),
             *selection_entries(bpffs, cookie, options),
             *(() if by_ifindex else (LoopbackNote(bpffs, cookie),)),
-            ProxyListeners(bpffs, str(self._cgroup), cookie),
+            ProxyListeners(bpffs, str(self._cgroup), cookie, tuple(network.ports)),
             SkLookup(bpffs, cookie, by_ifindex, is_redirected=True),
             *((RedirectDnsGate(bpffs, cookie),) if options.dns else ()),
             RedirectGate(bpffs, cookie),

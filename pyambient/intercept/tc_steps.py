@@ -18,7 +18,7 @@ from .loader import Constants, LoadedObject, load
 _SHARED: Final = (
     *("listeners", "redirected", "selections"),
     *("proxy_sockets", "captured_socks", "forwarded"),
-    *("dns_pods", "forwarded_dns", "split_dns"),
+    *("dns_pods", "forwarded_dns", "split_dns", "moved_ports"),
 )
 
 

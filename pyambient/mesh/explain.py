@@ -12,13 +12,14 @@ from typing import Final
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.explained import End, Explanation, Finding, Outcome, Ruled
-from pyambient.model.numbers import HBONE_PORT, LOOP_PORTS
+from pyambient.model.numbers import HBONE_PORT
 from pyambient.model.policy import Action, ConnectionFacts, Match, Policy
+from pyambient.model.ports import WELL_KNOWN
 from pyambient.model.workload import Service, TunnelProtocol, Workload
 
 from .authorize import match_holds, policy_matches
 from .balance import candidates
-from .inbound import Accept, decide_inbound, decide_plaintext
+from .inbound import Accept, Entrance, decide_inbound, decide_plaintext
 from .route import Plain, Refuse, Route, Tunnel, decide_outbound
 from .snapshot import Snapshot
 
@@ -31,18 +32,24 @@ def explain_outbound(
     own: Workload,
     to: SocketAddress,
     nearby: Callable[[Tunnel], str] = lambda _: "",
+    loops: tuple[int, ...] = WELL_KNOWN.loops,
 ) -> Explanation:
     """A connection that the proxy took from an app of `own`, and that was going to `to`.
 
-    `nearby` names the pod that is reached without the tunnel, if one is.
+    `nearby` names the pod that is reached without the tunnel, if one is. `loops` are the proxy's
+    own ports in the pod.
     """
-    return Explanation.of(_outbound(snapshot, own, to, nearby))
+    return Explanation.of(_outbound(snapshot, own, to, nearby, loops))
 
 
 def _outbound(
-    snapshot: Snapshot, own: Workload, to: SocketAddress, nearby: Callable[[Tunnel], str]
+    snapshot: Snapshot,
+    own: Workload,
+    to: SocketAddress,
+    nearby: Callable[[Tunnel], str],
+    loops: tuple[int, ...],
 ) -> Iterator[Ruled]:
-    if to.port in LOOP_PORTS:
+    if to.port in loops:
         yield Finding("the proxy's ports", True, f"{to.port} is one, fine elsewhere"), None
     workload = snapshot.workload_by_address(own.network, to.ip)
     if workload is not None:
@@ -52,7 +59,7 @@ def _outbound(
     else:
         yield Finding("workload", False, f"none has the address {to.ip}"), None
         yield from _service(snapshot, own, to)
-    route = decide_outbound(snapshot, own, to)
+    route = decide_outbound(snapshot, own, to, loops=loops)
     if isinstance(route, Tunnel):
         expected = " or ".join(sorted(map(str, route.expected)))
         yield Finding("identity", True, f"the server has to prove that it is {expected}"), None
@@ -118,6 +125,7 @@ def explain_inbound(
     own_addresses: Collection[str],
     source: SocketAddress,
     to: SocketAddress,
+    loops: tuple[int, ...] = WELL_KNOWN.loops,
 ) -> Explanation:
     """A connection of `source` to `to`, an address of the pod `own`.
 
@@ -127,7 +135,7 @@ def explain_inbound(
     by_tunnel = client is not None and client.protocol is TunnelProtocol.HBONE
     identity = client.identity if client is not None and by_tunnel else None
     facts = ConnectionFacts(source, to, identity)
-    return Explanation.of(_inbound(snapshot, own, own_addresses, client, facts))
+    return Explanation.of(_inbound(snapshot, own, own_addresses, client, facts, loops))
 
 
 def _inbound(
@@ -136,6 +144,7 @@ def _inbound(
     own_addresses: Collection[str],
     client: Workload | None,
     facts: ConnectionFacts,
+    loops: tuple[int, ...],
 ) -> Iterator[Ruled]:
     yield _client(client, facts), None
     for policy in sorted(snapshot.policies_for(own), key=_asked_when):
@@ -144,9 +153,10 @@ def _inbound(
         yield Finding(f"policy {name}", False, "it is not defined, and skipped"), None
     to, peer = facts.destination, facts.source
     if facts.identity is None:
-        decision = decide_plaintext(to, own_addresses, own, snapshot, peer)
+        decision = decide_plaintext(to, own_addresses, own, snapshot, peer, loops)
     else:
-        decision = decide_inbound(str(to), to.ip, own, snapshot, peer, facts.identity)
+        at = Entrance(to.ip, loops)
+        decision = decide_inbound(str(to), at, own, snapshot, peer, facts.identity)
     accepted = isinstance(decision, Accept)
     end = End(Outcome.ACCEPTED if accepted else Outcome.REFUSED, decision.why)
     yield Finding("decision", accepted, decision.why), end

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import NamedTuple
 
 from pyambient.model.address import HostPort, SocketAddress, is_loopback, parse_authority
-from pyambient.model.numbers import LOOP_PORTS
 from pyambient.model.policy import ConnectionFacts, Verdict
+from pyambient.model.ports import WELL_KNOWN
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import Service, Workload
 
@@ -52,33 +53,40 @@ class Reject:
 Decision = Accept | Reject
 
 
+class Entrance(NamedTuple):
+    """The address of the pod that a client reached, and the proxy's own ports in there."""
+
+    ip: str
+    loops: tuple[int, ...] = WELL_KNOWN.loops
+
+
 def decide_inbound(
     authority: str,
-    local_ip: str,
+    at: Entrance,
     own: Workload | None,
     snapshot: Snapshot,
     peer: SocketAddress,
     identity: SpiffeId | None,
     host: str | None = None,
 ) -> Decision:
-    """Judge a CONNECT to `authority` on a tunnel that `peer` opened to `local_ip`.
+    """Judge a CONNECT to `authority` on a tunnel that `peer` opened to this entrance.
 
     `own` is the pod's workload, None while it is unknown. `host` is what the client's `forwarded`
     header calls the service; it is believed if `own` is behind such a service.
     """
     uid = None if own is None else own.uid
-    question = ("inbound", authority, local_ip, uid, peer, identity, host)
+    question = ("inbound", authority, at, uid, peer, identity, host)
     known: Decision | None = snapshot.memo.get(question)
     if known is not None:
         return known
-    decision = _decide(authority, local_ip, own, snapshot, peer, identity, host)
+    decision = _decide(authority, at, own, snapshot, peer, identity, host)
     # What is refused may be anything, of any length: a peer must not fill the memo with it.
     return snapshot.remember(question, decision) if isinstance(decision, Accept) else decision
 
 
 def _decide(
     authority: str,
-    local_ip: str,
+    at: Entrance,
     own: Workload | None,
     snapshot: Snapshot,
     peer: SocketAddress,
@@ -96,15 +104,15 @@ def _decide(
         return Reject(HTTPStatus.SERVICE_UNAVAILABLE, why)
     if isinstance(asked, HostPort):
         found = _by_name(asked, own, snapshot)
-    elif asked.ip in (local_ip, local_ip.partition("%")[0]):
+    elif asked.ip in (at.ip, at.ip.partition("%")[0]):
         found = asked.port, _service_at(asked.port, host, own, snapshot)
     else:
-        return Reject(HTTPStatus.BAD_REQUEST, f"ip mismatch: {local_ip} != {asked.ip}")
+        return Reject(HTTPStatus.BAD_REQUEST, f"ip mismatch: {at.ip} != {asked.ip}")
     if isinstance(found, Reject):
         return found
     port, service = found
-    facts = ConnectionFacts(peer, SocketAddress(local_ip, port), identity)
-    return _judge(facts, own, snapshot, service)
+    facts = ConnectionFacts(peer, SocketAddress(at.ip, port), identity)
+    return _judge(facts, own, snapshot, service, at.loops)
 
 
 def decide_plaintext(
@@ -113,6 +121,7 @@ def decide_plaintext(
     own: Workload | None,
     snapshot: Snapshot,
     peer: SocketAddress,
+    loops: tuple[int, ...] = WELL_KNOWN.loops,
 ) -> Decision:
     """Judge a connection of `peer` that came to 15006 and was going to `destination`.
 
@@ -120,7 +129,7 @@ def decide_plaintext(
     otherwise make the proxy connect where the application itself may not.
     """
     ip, port = destination
-    if port in LOOP_PORTS:
+    if port in loops:
         return Reject(HTTPStatus.SERVICE_UNAVAILABLE, SELF_CALL)
     if ip not in own_addresses or is_loopback(ip):
         reason = f"destination {destination} is not an address of this pod"
@@ -128,7 +137,7 @@ def decide_plaintext(
     if own is None:
         return Reject(HTTPStatus.SERVICE_UNAVAILABLE, _UNKNOWN)
     facts = ConnectionFacts(peer, destination, None)
-    return _judge(facts, own, snapshot, _service_at(port, None, own, snapshot))
+    return _judge(facts, own, snapshot, _service_at(port, None, own, snapshot), loops)
 
 
 def _by_name(
@@ -155,9 +164,13 @@ def _service_at(port: int, host: str | None, own: Workload, snapshot: Snapshot) 
 
 
 def _judge(
-    facts: ConnectionFacts, own: Workload, snapshot: Snapshot, service: Service | None
+    facts: ConnectionFacts,
+    own: Workload,
+    snapshot: Snapshot,
+    service: Service | None,
+    loops: tuple[int, ...],
 ) -> Decision:
-    if facts.destination.port in LOOP_PORTS:
+    if facts.destination.port in loops:
         return Reject(HTTPStatus.SERVICE_UNAVAILABLE, SELF_CALL)
     verdict = authorize(snapshot.policies_for(own), facts)
     if not verdict.allowed:

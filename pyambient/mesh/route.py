@@ -16,7 +16,8 @@ import random
 from dataclasses import dataclass
 
 from pyambient.model.address import SocketAddress, is_loopback
-from pyambient.model.numbers import HBONE_PORT, LOOP_PORTS
+from pyambient.model.numbers import HBONE_PORT
+from pyambient.model.ports import WELL_KNOWN
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import (
     GatewayAddress,
@@ -88,15 +89,19 @@ def decide_outbound(
     source: Workload,
     destination: SocketAddress,
     choose: Choose = random.randrange,
+    loops: tuple[int, ...] = WELL_KNOWN.loops,
 ) -> Route:
-    """The route of a connection from the local workload `source` to `destination`."""
+    """The route of a connection from the local workload `source` to `destination`.
+
+    `loops` are the proxy's own ports in the pod of the source.
+    """
+    ip, port = destination
+    if port in loops and (is_loopback(ip) or ip in source.addresses):
+        return Refuse(SELF_CALL)
     asked = ("outbound", source.uid, destination)
     known: Route | None = snapshot.memo.get(asked)
     if known is not None:
         return known
-    ip, port = destination
-    if port in LOOP_PORTS and (is_loopback(ip) or ip in source.addresses):
-        return Refuse(SELF_CALL)
     question = _Question(snapshot, source, destination, choose)
     workload = snapshot.workload_by_address(source.network, ip)
     if workload is not None:

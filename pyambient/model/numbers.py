@@ -14,8 +14,6 @@ INBOUND_PORT: Final = 15006
 HBONE_PORT: Final = 15008
 DNS_PORT: Final = 15053
 RESERVED_PORTS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT)
-# A connection to one of these would come straight back to the proxy (ztunnel's "illegal ports").
-LOOP_PORTS: Final = frozenset((OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT))
 
 # Marks, both under MARK_MASK: the proxy's sockets, and "deliver this on lo".
 PROXY_MARK: Final = 0x539

@@ -141,7 +141,7 @@ def _decide(
 ) -> decisions.Decision:
     return decisions.decide_inbound(
         route.authority,
-        target.ip,
+        decisions.Entrance(target.ip, destination.loops),
         destination.workload(),
         destination.worker.view.snapshot,
         SocketAddress(peer.ip, _ANY_PORT),

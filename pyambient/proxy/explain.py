@@ -27,13 +27,15 @@ def explain(
     snapshot = scope.worker.view.snapshot
     if question.source:
         source = SocketAddress(question.source, _ANY_PORT)
-        explained = mesh.explain_inbound(snapshot, own, scope.addresses, source, question.to)
+        explained = mesh.explain_inbound(
+            snapshot, own, scope.addresses, source, question.to, scope.loops
+        )
     else:
 
         def nearby(route: Tunnel) -> str:
             return "" if neighbours is None else _neighbour(scope, neighbours, route)
 
-        explained = mesh.explain_outbound(snapshot, own, question.to, nearby)
+        explained = mesh.explain_outbound(snapshot, own, question.to, nearby, scope.loops)
     return explained if explained.outcome is not Outcome.TUNNELLED else _proven(scope, explained)
 
 

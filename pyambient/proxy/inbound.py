@@ -28,7 +28,7 @@ from pyambient.identity.context import require_alpn
 from pyambient.identity.peer import PeerRefused, authenticate_client
 from pyambient.mesh import inbound as decisions
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import HANDSHAKE_TIMEOUT
+from pyambient.model.numbers import HANDSHAKE_TIMEOUT, HBONE_PORT
 from pyambient.model.policy import ConnectionFacts
 from pyambient.model.spiffe import SpiffeId
 from pyambient.observe.accesslog import ConnectionRecord
@@ -144,6 +144,19 @@ class Inbound:
         return f"<Inbound of {self._scope.pod}: {len(self._tunnels)} tunnels>"
 
 
+def _addressed(sock: socket.socket, scope: PodScope) -> SocketAddress:
+    """Where the peer connected to: an address of the pod.
+
+    A redirect leads to another port, and maybe to another address. What conntrack says of it is
+    believed for addresses of the pod alone: an app may have rules of its own.
+    """
+    local = from_sockaddr(sock.getsockname())
+    if scope.netfilter and local.port != HBONE_PORT:
+        asked = sockets.original_destination(sock, netfilter=True)
+        return asked if asked.ip in scope.addresses else local
+    return local
+
+
 class InboundTunnel:
     """One tunnel from a proven peer (hbone.Owner of its connection)."""
 
@@ -158,7 +171,7 @@ class InboundTunnel:
         worker = scope.worker
         self.identity = identity
         self.peer = peer
-        self.local = from_sockaddr(sock.getsockname())
+        self.local = _addressed(sock, scope)
         self._scope = scope
         self._settled = trio.Event()
         self._requests = Queue(worker.loop, _REQUESTS_A_TURN)
@@ -212,7 +225,7 @@ class InboundTunnel:
             return
         decision = decisions.decide_inbound(
             request.authority,
-            self.local.ip,
+            decisions.Entrance(self.local.ip, scope.loops),
             scope.workload(),
             scope.worker.view.snapshot,
             self.peer,

@@ -51,7 +51,8 @@ class Outbound:
             self._refuse(sock, peer, destination, "the pod is not enrolled any more")
             return
         record = outbound_record(peer, own, destination)
-        decision = route.decide_outbound(scope.worker.view.snapshot, own, destination)
+        snapshot = scope.worker.view.snapshot
+        decision = route.decide_outbound(snapshot, own, destination, loops=scope.loops)
         match decision:
             case route.Tunnel():
                 self._to_the_mesh(sock, record, decision)

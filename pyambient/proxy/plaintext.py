@@ -38,6 +38,7 @@ class Plaintext:
             scope.workload(),
             scope.worker.view.snapshot,
             peer,
+            scope.loops,
         )
         if isinstance(decision, decisions.Reject):
             scope.worker.access_log.failed(peer, destination, "inbound", decision.reason)

@@ -21,7 +21,6 @@ import trio
 from pyambient.engine.accept import Listener
 from pyambient.identity.certificate import IdentityError
 from pyambient.mesh.authorize import authorize
-from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
@@ -59,11 +58,11 @@ class Pod:
 
     def listen(self) -> None:
         """Bind the pod's listeners, or none of them; PyambientError if a port is taken."""
-        worker, netns = self.scope.worker, self.scope.netns
+        worker, netns, ports = self.scope.worker, self.scope.netns, self.scope.details.ports
         handlers = (
-            (OUTBOUND_PORT, Outbound(self.scope, self._pool, self._neighbours).accepted),
-            (INBOUND_PORT, Plaintext(self.scope).accepted),
-            (HBONE_PORT, self._inbound.accepted),
+            (ports.outbound, Outbound(self.scope, self._pool, self._neighbours).accepted),
+            (ports.inbound, Plaintext(self.scope).accepted),
+            (ports.hbone, self._inbound.accepted),
         )
         try:
             for port, accepted in handlers:

@@ -35,7 +35,12 @@ from pyambient.identity.certificate import IdentityError
 from pyambient.identity.context import require_alpn
 from pyambient.identity.peer import PeerRefused, authenticate_server
 from pyambient.model.address import SocketAddress
-from pyambient.model.numbers import CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, POOL_IDLE_TIMEOUT
+from pyambient.model.numbers import (
+    CONNECT_TIMEOUT,
+    HANDSHAKE_TIMEOUT,
+    HBONE_PORT,
+    POOL_IDLE_TIMEOUT,
+)
 from pyambient.model.spiffe import SpiffeId
 
 from . import sockets
@@ -181,7 +186,7 @@ class Pool:
         """A tunnel whose peer is proven and has sent its SETTINGS; TunnelFailed otherwise."""
         sock = self._socket(key)
         try:
-            await _connect_socket(sock, key.next_hop)
+            await _connect_socket(sock, self._place_of(key.next_hop))
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 return await self._secure(sock, key)
         except trio.TooSlowError:
@@ -199,6 +204,13 @@ class Pool:
             raise
         sock.close()
         raise TunnelFailed(reason)
+
+    def _place_of(self, next_hop: SocketAddress) -> SocketAddress:
+        """Where that is from inside the pod: nothing redirects what it sends to itself."""
+        scope = self._scope
+        if next_hop.port == HBONE_PORT and next_hop.ip in scope.addresses:
+            return SocketAddress(next_hop.ip, scope.details.ports.hbone)
+        return next_hop
 
     def _socket(self, key: PoolKey) -> socket.socket:
         try:

@@ -148,6 +148,11 @@ class PodScope:
         return self.details.backend in NETFILTER_BACKENDS
 
     @property
+    def loops(self) -> tuple[int, ...]:
+        """The proxy's own ports in the pod: what is sent there comes straight back."""
+        return self.details.ports.loops
+
+    @property
     def turned_round(self) -> bool:
         """Whether the pod's devices bring its traffic here, that of others behind it as well."""
         return self.details.backend == "tc"

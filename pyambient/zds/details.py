@@ -5,7 +5,8 @@ answer repeats the question's `id`, so a drain that takes its time holds nothing
 of another make never connects here, and is served by ZDS alone.
 
     {"id": 1, "describe": "<uid>", "details": {"backend": "bpf", "addresses": [...], "network": "",
-                                               "dns": {"bpffs": "...", "netns_cookie": 1}}}
+                                               "dns": {"bpffs": "...", "netns_cookie": 1},
+                                               "ports": [15001, 15006, 15008, 15053]}}
     {"id": 2, "drain": "<uid>", "timeout": 30.0}
     {"id": 3, "status": "<uid>"}
     {"id": 4, "explain": "<uid>", "to": ["10.77.0.3", 8080], "source": "10.77.0.4"}
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyambient.model.address import SocketAddress
+from pyambient.model.ports import WELL_KNOWN, Ports
 
 # An address takes under 50 bytes: room for a thousand of them, and bounded.
 PACKET_LIMIT: Final = 64 << 10
@@ -42,13 +44,14 @@ class DnsCapture:
 class PodDetails:
     """How a pod is intercepted, and its own addresses in canonical text.
 
-    `dns` is None if its DNS is not captured.
+    `dns` is None if its DNS is not captured. `ports` are those to listen on.
     """
 
     backend: str
     addresses: tuple[str, ...]
     network: str = ""
     dns: DnsCapture | None = None
+    ports: Ports = WELL_KNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def _details_fields(details: PodDetails) -> dict[str, Any]:
         "addresses": list(details.addresses),
         "network": details.network,
         "dns": None if dns is None else dataclasses.asdict(dns),
+        "ports": list(details.ports),
     }
 
 
@@ -147,7 +151,8 @@ def decode_question(packet: bytes) -> tuple[int, Question]:
         }:
             texts = tuple(str(address) for address in addresses)
             network, dns = str(more.get("network", "")), _dns_capture(more.get("dns"))
-            return number, Describe(uid, PodDetails(backend, texts, network, dns))
+            ports = _ports(more.get("ports", list(WELL_KNOWN)))
+            return number, Describe(uid, PodDetails(backend, texts, network, dns, ports))
         case {"id": int(number), "drain": str(uid), "timeout": int() | float() as timeout}:
             return number, Drain(uid, float(timeout))
         case {"id": int(number), "settle": str(uid), "timeout": int() | float() as timeout}:
@@ -171,6 +176,13 @@ def _dns_capture(fields: Any) -> DnsCapture | None:
         case {"bpffs": str(bpffs), "netns_cookie": int(cookie)}:
             return DnsCapture(bpffs, cookie)
     raise DetailsError("a packet that says nothing known of DNS")
+
+
+def _ports(numbers: Any) -> Ports:
+    match numbers:
+        case [int(), int(), int(), int()] if all(0 < number < 1 << 16 for number in numbers):
+            return Ports(*numbers)
+    raise DetailsError("a packet that says nothing known of ports")
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -27,7 +27,7 @@ from pyambient.agent.records import Record, RecordStore
 from pyambient.errors import PyambientError
 from pyambient.intercept.interface import Pod, Stage, Step
 from pyambient.intercept.runner import ALL_STAGES
-from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT
+from pyambient.model.ports import WELL_KNOWN
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import configure
@@ -74,18 +74,18 @@ class Rig:
         *,
         in_cgroup: bool = True,
         slow_to_drain: bool = False,
+        foreign: bool = False,
     ) -> Child:
         """A proxy that is about to connect, and refuses the pods of these names.
 
-        One that is slow to drain, or to settle, waits until it is told "drained". "calls" asks for
-        what it was told so far, "forget" empties that.
+        One that is foreign speaks ZDS alone. One that is slow to drain, or to settle, waits until
+        it is told "drained". "calls" asks for what it was told so far, "forget" empties that.
         """
         cgroup = self.bed.cgroup.proxy if in_cgroup else None
         self.bed.cgroup.proxy.mkdir(exist_ok=True)
         arguments = (self.run_dir, frozenset(refusing))
-        return self.bed.node.spawn(
-            _run_proxy, *arguments, slow_to_drain=slow_to_drain, uid=0, gid=0, cgroup=cgroup
-        )
+        how = {"slow_to_drain": slow_to_drain, "foreign": foreign}
+        return self.bed.node.spawn(_run_proxy, *arguments, **how, uid=0, gid=0, cgroup=cgroup)
 
     def ask(self, command: str, **arguments: Any) -> Any:
         return ask(self.run_dir, command, _PATIENCE, **arguments)
@@ -243,13 +243,18 @@ async def _agent(channel: Channel, settings: AgentSettings) -> None:
 
 
 def _run_proxy(
-    channel: Channel, run_dir: RunDir, refusing: frozenset[str], *, slow_to_drain: bool
+    channel: Channel,
+    run_dir: RunDir,
+    refusing: frozenset[str],
+    *,
+    slow_to_drain: bool,
+    foreign: bool,
 ) -> None:
     async def run() -> None:
         proxy = _SmallProxy(channel, refusing)
         if not slow_to_drain:
             proxy.drained.set()
-        await proxy.run(run_dir)
+        await proxy.run(run_dir, foreign=foreign)
 
     trio.run(run)
 
@@ -268,10 +273,11 @@ class _SmallProxy:
         self._forwarders: dict[str, SmallForwarder] = {}
         self._serving: trio.Nursery | None = None
 
-    async def run(self, run_dir: RunDir) -> None:
+    async def run(self, run_dir: RunDir, *, foreign: bool) -> None:
         async with trio.open_nursery() as nursery:
             self._serving = nursery
-            nursery.start_soon(serve_details, run_dir.details_socket, self)
+            if not foreign:
+                nursery.start_soon(serve_details, run_dir.details_socket, self)
             nursery.start_soon(serve_zds, run_dir.zds_socket, self)
             while True:
                 await trio.lowlevel.wait_readable(self._channel.fileno())
@@ -298,13 +304,14 @@ class _SmallProxy:
         with netns:
             if pod.name in self._refusing:
                 raise PyambientError(f"{pod.name} is not wanted")
-            backend = self._details[pod.uid].backend
+            backend, ports = "iptables", WELL_KNOWN
+            if pod.uid in self._details:
+                backend, ports = self._details[pod.uid].backend, self._details[pod.uid].ports
             netfilter = backend in NETFILTER_BACKENDS
             self._listeners[pod.uid] = [
-                sockets.listener(netns, port, netfilter=netfilter)
-                for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
+                sockets.listener(netns, port, netfilter=netfilter) for port in ports.loops
             ]
-            forwarder = SmallForwarder(netns, backend, netfilter=netfilter)
+            forwarder = SmallForwarder(netns, backend, ports.dns, netfilter=netfilter)
             self._forwarders[pod.uid] = forwarder
         assert self._serving is not None
         self._serving.start_soon(forwarder.serve)

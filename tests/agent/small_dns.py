@@ -9,7 +9,6 @@ import trio
 
 from pyambient.dns.framing import Frames, framed
 from pyambient.dns.message import MalformedQueryError, parse_query
-from pyambient.model.numbers import DNS_PORT
 from pyambient.netns import Netns
 from pyambient.proxy import sockets
 from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, answer_mark, arrival, datagram_listener
@@ -18,10 +17,10 @@ from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, answer_mark, arrival, da
 class SmallForwarder:
     """Bound and listening once it is made; it answers while `serve` runs."""
 
-    def __init__(self, netns: Netns, backend: str, *, netfilter: bool) -> None:
-        self._datagrams = trio.socket.from_stdlib_socket(datagram_listener(netns, backend))
+    def __init__(self, netns: Netns, backend: str, port: int, *, netfilter: bool) -> None:
+        self._datagrams = trio.socket.from_stdlib_socket(datagram_listener(netns, backend, port))
         self._listener = trio.socket.from_stdlib_socket(
-            sockets.listener(netns, DNS_PORT, netfilter=netfilter)
+            sockets.listener(netns, port, netfilter=netfilter)
         )
 
     def suit(self, backend: str) -> None:

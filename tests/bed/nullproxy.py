@@ -24,11 +24,11 @@ from pyambient.model.numbers import (
     DNS_PORT,
     HBONE_PORT,
     INBOUND_PORT,
-    LOOP_PORTS,
     OUTBOUND_PORT,
     PROXY_MARK,
     RESOLVER_PORT,
 )
+from pyambient.model.ports import WELL_KNOWN
 
 from . import nulldns
 from .network import Bed, BedPod
@@ -170,7 +170,7 @@ class _Proxy:
         original = _original_destination(downstream, netfilter=self.pods[pod] not in ("bpf", "tc"))
         failure = errno.ELOOP
         with downstream:
-            if original.port not in LOOP_PORTS:
+            if original.port not in WELL_KNOWN.loops:
                 upstream = _upstream(pod, original, peer if port == INBOUND_PORT else None)
                 failure = await _connect(upstream, original)
             self.seen.append(Interception(pod.name, port, peer, original, failure))

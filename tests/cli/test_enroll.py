@@ -132,12 +132,18 @@ def test_processes_outside_the_cgroup(running: Mesh, pod: BedPod) -> None:
 @pytest.mark.parametrize("backend", ["bpf", "iptables"])
 @pytest.mark.parametrize("port", [15001, 15006, 15008, 15053])
 def test_a_port_that_is_taken(running: Mesh, pod: BedPod, backend: str, port: int) -> None:
-    """The proxy needs it; the line says how to find who has it."""
+    """The proxy takes another one; a dry run says who has it, and the enrolment that it was."""
+    words = ["shop", "--namespace=default", "--service-account=shop", f"--backend={backend}"]
     with pod.spawn(apps.echo_server, port) as server:
         assert server.receive() == "listening"
-        line = refused(running, "shop", f"--backend={backend}", code=1)
-        assert f"tcp port {port} is taken in" in line
-        assert "ss -" in line
+        dry = running.cli("enroll", *words, "--dry-run", f"--cgroup={running.bed.cgroup.path}")
+        assert dry.stdout.startswith(f"# port {port} is taken by {server.pid} (")
+        assert f"the proxy takes {port + 100}\n" in dry.stdout
+        enrolled = running.cli("enroll", *words)
+        said = f"shop: the proxy listens on {port + 100}, as {port} was taken"
+        assert said in enrolled.stdout.splitlines()
+        assert said in running.cli("status").stdout.splitlines()
+        running.unenroll(pod)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from pyambient.model.address import SocketAddress
-from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT, LOOP_PORTS
+from pyambient.model.numbers import HBONE_PORT, INBOUND_PORT
+from pyambient.model.ports import WELL_KNOWN
 from tests.bed import Child, ClientOptions, apps
 
 from . import attacker
@@ -125,7 +126,7 @@ def test_requests_that_are_no_connect_to_this_pod_get_400(pair, app, hbone, targ
     assert_refused(pair, app, hbone, "ip mismatch")
 
 
-@pytest.mark.parametrize("port", sorted(LOOP_PORTS))
+@pytest.mark.parametrize("port", WELL_KNOWN.loops)
 def test_the_proxys_own_ports_are_no_target(pair, app, hbone, family, port):
     """The proxy would call itself: 503."""
     credentials = attacker.issue(pair.mesh.ca_dir, FRIEND)

@@ -22,19 +22,20 @@ from pyambient.intercept.loader import Constants
 from pyambient.intercept.options import CaptureOptions
 from pyambient.netns import Netns
 
-from .test_plan_golden_netfilter import DUAL_STACK, GOLDEN, V4_ONLY, VARIANTS
+from .test_plan_golden_netfilter import DUAL_STACK, GOLDEN, MOVED, V4_ONLY, VARIANTS
 
 _SITE = Site(Path("/run/pyambient"), Path("/sys/fs/bpf/pyambient"), Path("/sys/fs/cgroup"))
 _THIS = Constants(has_ingress_ifindex=True, has_set_retval=True)
 _TWO_DEVICES = PodNetwork(
     (*DUAL_STACK.addresses, PodAddress("10.0.2.2", "eth1")), ("eth0", "eth1"), has_ipv6=True
 )
-_NETWORKS = {"v4-only": V4_ONLY, "two-devices": _TWO_DEVICES}
+_NETWORKS = {"v4-only": V4_ONLY, "two-devices": _TWO_DEVICES, "moved-ports": MOVED}
 # What a variant says, and its file says it.
 _CHOICES: dict[str, dict[str, Any]] = {
     "dual-stack": {},
     "v4-only": {},
     "two-devices": {},
+    "moved-ports": {},
     "ingress": VARIANTS["ingress"],
     "excluded": VARIANTS["excluded"],
     "included": VARIANTS["included"],

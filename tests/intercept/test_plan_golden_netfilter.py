@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pyambient.intercept.interface import (
     to_record,
 )
 from pyambient.intercept.options import DEFAULTS, CaptureOptions
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 
 from .netfilter_mesh import INTERCEPTORS
@@ -26,6 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 DUAL_STACK = PodNetwork(
     (PodAddress("10.0.1.2", "eth0"), PodAddress("fd00:1::2", "eth0")), ("eth0",), has_ipv6=True
 )
+MOVED = replace(DUAL_STACK, ports=Ports(15101, 15106, 15108, 15153))
 V4_ONLY = PodNetwork((PodAddress("10.0.1.2", "eth0"),), ("eth0",), False, ("eth0",))
 TWO_DEVICES = PodNetwork(DUAL_STACK.addresses, ("eth0", "eth1"), has_ipv6=True)
 
@@ -57,9 +60,11 @@ def _plan(
     ("name", "backend", "network"),
     [
         ("iptables-dual-stack", "iptables-nft", DUAL_STACK),
+        ("iptables-moved-ports", "iptables-nft", MOVED),
         ("iptables-v4-only", "iptables-nft", V4_ONLY),
         ("iptables-legacy-v4-only", "iptables-legacy", V4_ONLY),
         ("nftables-dual-stack", "nftables", DUAL_STACK),
+        ("nftables-moved-ports", "nftables", MOVED),
         ("nftables-v4-only", "nftables", V4_ONLY),
     ],
 )

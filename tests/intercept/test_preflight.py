@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -137,87 +135,6 @@ def test_no_cgroup2(bed: Bed, site: Site, tmp_path: Path) -> None:
     assert "--backend iptables" in nowhere.then
     other = _refused(pod, dataclasses.replace(site, cgroup=tmp_path), "bpf")
     assert str(tmp_path) in other.what
-
-
-def _listen(channel: Channel, kind: int, host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, kind) as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
-        if family == socket.AF_INET6:
-            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        taken.bind((host, port))
-        if kind == socket.SOCK_STREAM:
-            taken.listen()
-        channel.send("listening")
-        channel.receive()
-
-
-@pytest.mark.parametrize(
-    ("kind", "host", "port"),
-    [
-        (socket.SOCK_STREAM, "127.0.0.1", 15001),
-        (socket.SOCK_STREAM, "0.0.0.0", 15006),
-        (socket.SOCK_STREAM, "::", 15008),
-        (socket.SOCK_STREAM, "::1", 15053),
-        (socket.SOCK_DGRAM, "127.0.0.1", 15053),
-        (socket.SOCK_DGRAM, "::", 15053),
-    ],
-)
-def test_a_port_is_taken(bed: Bed, site: Site, kind: int, host: str, port: int) -> None:
-    """A listener on one of our ports, on any address of either family, is told by its port."""
-    pod = bed.pod("a")
-    assert pod.spawn(_listen, kind, host, port).receive() == "listening"
-    protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
-    error = _refused(target(pod), site)
-    assert error.what == f"{protocol} port {port} is taken in a"
-    assert f"sport = :{port}" in error.then
-
-
-def _connect_from(channel: Channel, port: int, destination: tuple[str, int]) -> None:
-    with socket.socket() as client:
-        client.bind(("", port))
-        client.connect(destination)
-        channel.send("connected")
-        channel.receive()
-
-
-def test_a_connections_own_port_is_taken(bed: Bed, site: Site) -> None:
-    """A connection that leaves from one of our ports is in the way of the listener."""
-    pod, server = bed.pod("a"), bed.pod("b")
-    listening = server.spawn(_listen, socket.SOCK_STREAM, "0.0.0.0", 8080)
-    assert listening.receive() == "listening"
-    client = pod.spawn(_connect_from, 15006, (server.ipv4, 8080))
-    assert client.receive() == "connected"
-    assert _refused(target(pod), site).what == "tcp port 15006 is taken in a"
-
-
-def _serve_one_and_close(channel: Channel, port: int) -> None:
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("", port))
-        listening.listen()
-        channel.send("listening")
-        connection, _ = listening.accept()
-        connection.close()
-
-
-def _read_to_the_end(destination: tuple[str, int]) -> bytes:
-    with socket.create_connection(destination) as client:
-        return client.recv(1)
-
-
-def test_time_wait_is_not_in_the_way(bed: Bed, site: Site) -> None:
-    """What the proxy of an earlier enrolment closed first does not hold up the next one."""
-    pod, client = bed.pod("a"), bed.pod("b")
-    server = pod.spawn(_serve_one_and_close, 15008)
-    assert server.receive() == "listening"
-    assert client.run(_read_to_the_end, (pod.ipv4, 15008)) == b""
-    server.wait()
-    waiting = ("ss", "-Htan", "state", "time-wait", "sport = :15008")
-    deadline = time.monotonic() + 5
-    while not pod.command(*waiting):
-        assert time.monotonic() < deadline
-    preflight(target(pod), site, "iptables")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tests
-from pyambient.mesh.inbound import Accept, Reject, decide_inbound, decide_plaintext
+from pyambient.mesh.inbound import Accept, Entrance, Reject, decide_inbound, decide_plaintext
 from pyambient.mesh.localfile import read
 from pyambient.mesh.route import Tunnel, decide_outbound
 from pyambient.mesh.view import MeshView
@@ -56,7 +56,8 @@ def test_policy(view, port, account, allowed):
     """Just the client, and just to port 8080."""
     own, peer = named(view, "server"), SocketAddress("10.10.1.2", 40000)
     identity = SpiffeId("cluster.local", "demo", account)
-    decided = decide_inbound(f"10.10.2.2:{port}", "10.10.2.2", own, view.snapshot, peer, identity)
+    at = Entrance("10.10.2.2")
+    decided = decide_inbound(f"{at.ip}:{port}", at, own, view.snapshot, peer, identity)
     assert isinstance(decided, Accept if allowed else Reject)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyambient.mesh.explain import explain_inbound, explain_outbound
-from pyambient.mesh.inbound import Accept, decide_inbound, decide_plaintext
+from pyambient.mesh.inbound import Accept, Entrance, decide_inbound, decide_plaintext
 from pyambient.mesh.route import Plain, Refuse, Tunnel, decide_outbound
 from pyambient.mesh.snapshot import Snapshot
 from pyambient.model.address import SocketAddress
@@ -90,7 +90,7 @@ def test_the_verdict_is_that_of_the_decider(
     peer, to = SocketAddress(source, 0), SocketAddress("10.1.1.1", port)
     explained = explain_inbound(mesh, OWN, OWN.addresses, peer, to)
     if source == "10.1.1.2":
-        decision = decide_inbound(str(to), to.ip, OWN, mesh, peer, PEER.identity)
+        decision = decide_inbound(str(to), Entrance(to.ip), OWN, mesh, peer, PEER.identity)
     else:
         decision = decide_plaintext(to, OWN.addresses, OWN, mesh, peer)
     accepted = isinstance(decision, Accept)

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyambient.mesh.inbound import Accept, Reject, decide_inbound, decide_plaintext
+from pyambient.mesh.inbound import (
+    Accept,
+    Entrance,
+    Reject,
+    decide_inbound,
+    decide_plaintext,
+)
 from pyambient.mesh.snapshot import Snapshot
 from pyambient.model.address import SocketAddress
 from pyambient.model.policy import Action, Match, MatchKind, StringMatch
@@ -29,7 +35,7 @@ SELF_CALL = "attempted recursive call to ourselves"
 
 
 def arrive(authority, own=SERVER, mesh=MESH, local_ip="10.0.0.2", **more):
-    return decide_inbound(authority, local_ip, own, mesh, PEER, CLIENT, **more)
+    return decide_inbound(authority, Entrance(local_ip), own, mesh, PEER, CLIENT, **more)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pyambient.model.address import SocketAddress
+from pyambient.model.ports import Ports
 from pyambient.zds.details import (
     PACKET_LIMIT,
     Answer,
@@ -25,6 +26,7 @@ from pyambient.zds.details import (
     encode_question,
 )
 
+MOVED = Ports(outbound=15101, hbone=15108)
 DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
 
 
@@ -40,11 +42,12 @@ DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
                     "addresses": ["10.0.0.2", "fd00::2"],
                     "network": "east",
                     "dns": None,
+                    "ports": [15001, 15006, 15008, 15053],
                 },
             },
         ),
         (
-            Describe("u1", PodDetails("bpf", (), dns=DnsCapture("/sys/fs/bpf/x", 7))),
+            Describe("u1", PodDetails("bpf", (), dns=DnsCapture("/sys/fs/bpf/x", 7), ports=MOVED)),
             {
                 "describe": "u1",
                 "details": {
@@ -52,6 +55,7 @@ DETAILS = PodDetails("bpf", ("10.0.0.2", "fd00::2"), "east")
                     "addresses": [],
                     "network": "",
                     "dns": {"bpffs": "/sys/fs/bpf/x", "netns_cookie": 7},
+                    "ports": [15101, 15006, 15108, 15053],
                 },
             },
         ),

@@ -28,7 +28,6 @@ import dataclasses
 
 from pyambient.engine.accept import Listener
 from pyambient.intercept.original_dns import ResolverLookup
-from pyambient.model.numbers import DNS_PORT
 from pyambient.proxy import sockets
 from pyambient.proxy.worker import PodScope
 
@@ -55,7 +54,7 @@ class Forwarder:
     def _bind(self, pod: PodScope) -> None:
         worker = pod.worker
         self._datagrams = Datagrams(self._scope)
-        sock = sockets.listener(pod.netns, DNS_PORT, netfilter=pod.netfilter)
+        sock = sockets.listener(pod.netns, pod.details.ports.dns, netfilter=pod.netfilter)
         self._listener = Listener(worker.loop, sock, self._connections.accepted, worker.shortages)
 
     @property

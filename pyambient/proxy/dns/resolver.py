@@ -27,7 +27,7 @@ from pyambient.zds.details import DnsCapture
 def resolver_lookup(pod: PodScope, capture: DnsCapture) -> ResolverLookup:
     """What knows which resolver an app of the pod meant; PyambientError if that is not there."""
     if pod.netfilter:
-        return conntrack_resolvers(pod.netns)
+        return conntrack_resolvers(pod.netns, pod.details.ports.dns)
     if pod.turned_round:
         return addressed_resolvers(pod.netns, own_addresses(pod))
     return bpf_resolvers(Path(capture.bpffs), capture.netns_cookie)

@@ -45,30 +45,30 @@ def answer_mark(backend: str) -> int:
     return _MARKS.get(backend, 0)
 
 
-def datagram_listener(netns: Netns, backend: str) -> socket.socket:
+def datagram_listener(netns: Netns, backend: str, port: int = DNS_PORT) -> socket.socket:
     """A UDP socket on every address of the pod, both families where the kernel has IPv6.
 
     PyambientError if the port is taken there.
     """
     try:
-        return _bound(netns, socket.AF_INET6, "::", answer_mark(backend))
+        return _bound(netns, socket.AF_INET6, ("::", port), answer_mark(backend))
     except OSError as error:
-        _explain_taken(error)
+        _explain_taken(error, port)
     try:
-        return _bound(netns, socket.AF_INET, "0.0.0.0", answer_mark(backend))  # noqa: S104 - in the pod
+        return _bound(netns, socket.AF_INET, ("0.0.0.0", port), answer_mark(backend))  # noqa: S104 - in the pod
     except OSError as error:
-        _explain_taken(error)
+        _explain_taken(error, port)
         raise
 
 
-def _explain_taken(error: OSError) -> None:
+def _explain_taken(error: OSError, port: int) -> None:
     if error.errno == errno.EADDRINUSE:
         raise PyambientError(
-            f"UDP port {DNS_PORT} is taken in the pod", "stop what listens there, or look at ss -au"
+            f"UDP port {port} is taken in the pod", "stop what listens there, or look at ss -au"
         ) from None
 
 
-def _bound(netns: Netns, family: int, host: str, mark: int) -> socket.socket:
+def _bound(netns: Netns, family: int, address: tuple[str, int], mark: int) -> socket.socket:
     sock = netns.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
         if mark:
@@ -84,7 +84,7 @@ def _bound(netns: Netns, family: int, host: str, mark: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # Room for a burst: the kernel drops silently what does not fit.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        sock.bind((host, DNS_PORT))
+        sock.bind(address)
     except OSError:
         sock.close()
         raise

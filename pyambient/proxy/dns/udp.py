@@ -45,7 +45,9 @@ class Datagrams:
         pod = scope.pod
         self._loop = pod.worker.loop
         self._view = pod.worker.buffers.plain_view
-        self._sock = sockets.datagram_listener(pod.netns, pod.details.backend)
+        self._sock = sockets.datagram_listener(
+            pod.netns, pod.details.backend, pod.details.ports.dns
+        )
         self._loop.watch(self._sock.fileno(), self._on_events, IN)
 
     def _on_events(self, _mask: int) -> None:

@@ -1,0 +1,42 @@
+"""Who in a network namespace has a port, for a line that says why it is not the proxy's."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+from pyambient.netns import Netns
+
+from .listeners import held_sockets
+from .processes import processes_in
+from .socket_diag import DiagnosisRefused, sockets_from
+
+_MOST_NAMED: Final = 3
+_PROTOCOLS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+
+
+def holders(netns: Netns, port: int) -> str:
+    """As in "4711 (nginx)"; a process of another namespace may have it, and is not found."""
+    inodes = set(_inodes(netns, port))
+    if inodes == {0}:
+        return "connections that have just ended"
+    names = [
+        str(process)
+        for process in processes_in(netns)
+        if not inodes.isdisjoint(held_sockets([process.pid]))
+    ]
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "") or "somebody"
+
+
+def _inodes(netns: Netns, port: int) -> Iterator[int]:
+    """Of the sockets with this port, 0 for what waits in TIME_WAIT.
+
+    Before Linux 6.8 those are missing that are bound, and neither listen nor are connected.
+    """
+    for protocol in _PROTOCOLS:
+        try:
+            yield from (each.inode for each in sockets_from(netns, protocol, port))
+        except DiagnosisRefused:
+            continue
