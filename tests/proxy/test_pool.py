@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pyambient.hbone import ConnectRequest
 from pyambient.model.numbers import HBONE_PORT, MAX_STREAMS_OPENED
 from pyambient.proxy import pool as pool_module
@@ -235,5 +237,25 @@ def test_a_saturated_tunnel_is_better_than_none(bed, tmp_path):
         (other,) = await asked(pool, key)
         assert other.tunnel is one.tunnel
         pool.close("end of the test")
+
+    proxied(bed, tmp_path, test)
+
+
+@pytest.mark.parametrize("drained", ["client", "server"])
+def test_a_pod_is_drained_when_its_tunnels_are_over(bed, tmp_path, drained):
+    """Its last connection may have ended with bytes still in the tunnel, or with the kernel."""
+    client, server = bed.pod("client"), bed.pod("server")
+
+    async def test(rig):
+        await rig.serve(client)
+        await rig.serve(server)
+        pods = rig.pods._pods
+        pool = pods["client"]._pool
+        (one,) = await asked(pool, rig.key(client, server))
+        await until(lambda: pods["server"]._inbound._tunnels)
+        (inbound,) = pods["server"]._inbound._tunnels
+        assert await rig.pods.drain(drained, 10) == 0
+        tunnel = one.tunnel if drained == "client" else inbound.tunnel
+        assert tunnel.over.is_set()
 
     proxied(bed, tmp_path, test)
