@@ -41,14 +41,16 @@ demo: $(SETUP) ## the main job on real traffic, checked (BACKEND=auto|bpf|tc|nft
 # a cgroup of its own.
 TEST_PROCESSES ?= 4
 
-.PHONY: test
-test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+# bcc: the tests of interception by BPF, whose programs are compiled anew for each test; not those
+# that make a kernel look older, for which the programs are the same.
+LOADER ?= libbpf
+OF_BPF := -k 'not nftables and not iptables and not Linux' \
+	tests/integration tests/intercept/test_{bpf,dns_queries,exclu,fence,tc}*.py
 
-.PHONY: test-bcc
-test-bcc: $(SETUP) ## interception by BPF once more, compiled and loaded by bcc
-	PYAMBIENT_TEST_LOADER=bcc $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
-	    -k 'bpf and not Linux' tests/intercept/test_bpf_capture.py tests/integration $(PYTEST_ARGS)
+.PHONY: test
+test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on; LOADER=bcc: of BPF, loaded by bcc)
+	PYAMBIENT_TEST_LOADER=$(LOADER) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
+	    $(if $(filter bcc,$(LOADER)),$(OF_BPF)) $(PYTEST_ARGS)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf

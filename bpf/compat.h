@@ -20,6 +20,8 @@
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/in.h>
 
+#undef READ	/* of the kernel's own headers, which bcc includes; segment.h has another */
+
 #define SEC(name)
 #define barrier_var(var) asm volatile("" : "=r"(var) : "0"(var))
 

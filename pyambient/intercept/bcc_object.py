@@ -9,7 +9,7 @@ number mean another map. Which type a program has is what its SEC() says, which 
 read.
 
 It needs python3-bpfcc (of the distribution: what is called bcc on PyPI is something else), LLVM,
-and kernel headers (`kernel_headers`), takes half a second for a source, and leaves the very same
+and kernel headers (`kernel_headers`), takes around a second for a source, and leaves the very same
 programs, maps and links in the kernel. It is for who changes the C and for who wants to see it
 compiled where it runs.
 """

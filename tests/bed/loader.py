@@ -1,4 +1,4 @@
-"""Which loader the tests load BPF programs by; `make test-bcc` runs them by the second one."""
+"""Which loader the tests load BPF programs by; the second one by `make test LOADER=bcc`."""
 
 from __future__ import annotations
 

@@ -42,10 +42,12 @@ class Mesh:
         directory: Path,
         *,
         without_bpf: bool = False,
+        loader: str = LOADER,
         options: Sequence[str] = (),
     ) -> None:
         """`options` are those of `up`, beside what every test needs."""
         self.bed = bed
+        self.loader = loader
         self.options = tuple(options)
         self.run_dir = directory / "run"
         self.mesh_file = directory / "mesh.yaml"
@@ -88,7 +90,7 @@ class Mesh:
             f"--mesh={self.mesh_file}",
             f"--ca-dir={self.ca_dir}",
             "--log-format=json",
-            f"--bpf-loader={LOADER}",
+            f"--bpf-loader={self.loader}",
             *self.options,
         ]
 
