@@ -16,6 +16,8 @@ from tests.dns import build
 from . import resolver
 from .conftest import Pair, assert_all_tunnelled
 from .test_dns_lifecycle import resolver_of, serve
+from .test_policy import load
+from .test_service_of_itself import MESH, VIPS
 
 pytestmark = pytest.mark.parametrize("backend", ["bpf", "tc", "nftables", "iptables"])
 _MARKER = b"plaintext that must not be on the wire"
@@ -148,6 +150,18 @@ def test_apps_on_these_ports_are_reached(strangers: Pair, family: str) -> None:
         plain = {"direction": "inbound", "dst.addr": str(loop)}
         (line,) = strangers.mesh.access_log(plain)
         assert line["error"] == "attempted recursive call to ourselves"
+
+
+def test_a_pod_reaches_itself_by_a_service(strangers: Pair, family: str) -> None:
+    """Its tunnel to itself is not on the wire, so nothing redirects it from 15008."""
+    server = strangers.server
+    strangers.serve(server, HBONE_PORT)
+    strangers.enroll()
+    load(strangers, MESH.format(ipv4=server.ipv4, ipv6=server.ipv6))
+    with strangers.serve(server, 8080):
+        vip = SocketAddress(VIPS[family], 8080)
+        seen = server.run(apps.request, vip, b"to myself", ClientOptions(timeout=8))
+    assert (seen.errno, seen.data) == (None, b"to myself")
 
 
 def test_a_port_that_is_taken_while_the_proxy_is_away(strangers: Pair) -> None:
