@@ -7,21 +7,29 @@
  * default capabilities can set one), so only the socket's storage counts.
  */
 #include "ports.h"
+#include "trace_call.h"
 
 DEFINE_PODS;
 DEFINE_PROXY_SOCKETS;
 
-static __always_inline int may_bind(struct bpf_sock_addr *ctx)
+/* Sets the namespace. */
+static __always_inline int may_bind(struct bpf_sock_addr *ctx, struct address *own)
 {
-	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct bpf_sock *sk;
 
-	if (!map_lookup(pods, &netns))
-		return ALLOW;
-	if (!is_our_port(swap_port(netns, bpf_ntohs(ctx->user_port))))
-		return ALLOW;
+	own->netns = bpf_get_netns_cookie(ctx);
+	if (!map_lookup(pods, &own->netns))
+		return 1;
+	if (!is_our_port(swap_port(own->netns, bpf_ntohs(ctx->user_port))))
+		return 1;
 	sk = ctx->sk;
-	return sk && storage_get(proxy_sockets, sk, 0) ? ALLOW : DENY;
+	return sk && storage_get(proxy_sockets, sk, 0);
+}
+
+static __always_inline int refuse(struct bpf_sock_addr *ctx, const struct address *own)
+{
+	trace_call(ctx, own, HOOK_BIND, DECISION(EVENT_REFUSED | INWARDS, WHY_RESERVED, 0));
+	return DENY;
 }
 
 /*
@@ -33,14 +41,24 @@ static __always_inline int may_bind(struct bpf_sock_addr *ctx)
 SEC("cgroup/bind4")
 int pyamb_bind4(struct bpf_sock_addr *ctx)
 {
-	return may_bind(ctx);
+	struct address own;
+
+	if (may_bind(ctx, &own))
+		return ALLOW;
+	set_ipv4(own.ip, ctx->user_ip4);
+	return refuse(ctx, &own);
 }
 
 /* Hook: cgroup/bind6 on --cgroup. Linux 5.9. Returns as pyamb_bind4. */
 SEC("cgroup/bind6")
 int pyamb_bind6(struct bpf_sock_addr *ctx)
 {
-	return may_bind(ctx);
+	struct address own;
+
+	if (may_bind(ctx, &own))
+		return ALLOW;
+	set_ipv6(own.ip, ctx->user_ip6);
+	return refuse(ctx, &own);
 }
 
 DEFINE_LICENSE;

@@ -58,6 +58,11 @@ enum { maps_before = __COUNTER__ };
 	DEFINE_TABLE(name, "percpu_array", int, value_type, entries, 0)
 #define DEFINE_SK_STORAGE(name, value_type, clone) \
 	DEFINE_TABLE(name, "sk_storage", int, value_type, 0, BPF_F_NO_PREALLOC | (clone))
+#define DEFINE_MAPPED_ARRAY(name, value_type, entries) \
+	DEFINE_TABLE(name, "array", int, value_type, entries, BPF_F_MMAPABLE)
+#define DEFINE_ARRAY_OF_RINGS(name, entries, bytes)				\
+	DEFINE_TABLE(name##_inner, "ringbuf", int, int, bytes, 0);		\
+	DEFINE_TABLE(name, "array_of_maps$" #name "_inner", int, int, entries, 0)
 #define DEFINE_HASH_OF_TRIES(name, key_type, entries, inner_key, inner_value, inner_entries) \
 	DEFINE_TABLE(name##_inner, "lpm_trie", inner_key, inner_value, inner_entries,	\
 		     BPF_F_NO_PREALLOC);						\
@@ -111,6 +116,15 @@ enum { maps_before = __COUNTER__ };
 		__type(value, value_type);			\
 	} name SEC(".maps")
 
+#define DEFINE_MAPPED_ARRAY(name, value_type, entries)		\
+	struct {						\
+		__uint(type, BPF_MAP_TYPE_ARRAY);		\
+		__uint(map_flags, BPF_F_MMAPABLE);		\
+		__uint(max_entries, entries);			\
+		__type(key, __u32);				\
+		__type(value, value_type);			\
+	} name SEC(".maps")
+
 #define DEFINE_PERCPU_ARRAY(name, value_type, entries)		\
 	struct {						\
 		__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);	\
@@ -144,6 +158,19 @@ enum { maps_before = __COUNTER__ };
 		__uint(map_flags, BPF_F_NO_PREALLOC);			\
 		__uint(max_entries, entries);				\
 		__type(key, key_type);					\
+		__array(values, struct name##_inner);			\
+	} name SEC(".maps")
+
+/* The rings are made by user space, one for each place; all are of this size. */
+#define DEFINE_ARRAY_OF_RINGS(name, entries, bytes)			\
+	struct name##_inner {						\
+		__uint(type, BPF_MAP_TYPE_RINGBUF);			\
+		__uint(max_entries, bytes);				\
+	};								\
+	struct {							\
+		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);		\
+		__uint(max_entries, entries);				\
+		__type(key, __u32);					\
 		__array(values, struct name##_inner);			\
 	} name SEC(".maps")
 

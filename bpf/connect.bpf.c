@@ -14,6 +14,7 @@
  */
 #include "maps.h"
 #include "selection.h"
+#include "trace_call.h"
 
 #define SOL_SOCKET	1
 #define SO_BINDTODEVICE	25
@@ -46,14 +47,18 @@ static __always_inline int has_route(struct bpf_sock *sk, __u64 netns, __u32 fam
 }
 
 /* The port sk_lookup will choose, too (lookup.bpf.c). */
-static __always_inline int has_listener(struct bpf_sock_addr *ctx, __u64 netns)
+static __always_inline __u32 outbound_port(struct bpf_sock_addr *ctx, __u64 netns)
 {
-	struct listener key = { .netns = netns, .port = OUTBOUND_PORT };
-	struct bpf_sock *sk;
-
 	if (ctx->user_port == bpf_htons(RESOLVER_PORT) && map_lookup(dns_pods, &netns))
-		key.port = DNS_PORT;
-	sk = map_lookup(listeners, &key);
+		return DNS_PORT;
+	return OUTBOUND_PORT;
+}
+
+static __always_inline int has_listener(__u64 netns, __u32 port)
+{
+	struct listener key = { .netns = netns, .port = port };
+	struct bpf_sock *sk = map_lookup(listeners, &key);
+
 	if (!sk)
 		return 0;
 	bpf_sk_release(sk);
@@ -79,7 +84,7 @@ static __always_inline int has_source(struct bpf_sock *sk)
  * (tcp_fwmark_accept) come back over lo although the client's own address is
  * their destination; the device tells sk_lookup not to capture this SYN again.
  */
-static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk, __u32 *decision)
 {
 	char lo[] = "lo";
 
@@ -87,6 +92,7 @@ static __always_inline int to_app(struct bpf_sock_addr *ctx, struct bpf_sock *sk
 		return ALLOW;
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo)))
 		return DENY;
+	*decision = DECISION(EVENT_DELIVERED | INWARDS, 0, 0);
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
@@ -111,36 +117,48 @@ static __always_inline int from_app_to_pod(struct bpf_sock_addr *ctx, struct bpf
 }
 
 /* It goes its own way, and goes on if the pod's selection is another one later. */
-static __always_inline int from_app_directly(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+static __always_inline int from_app_directly(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
+					     __u32 *decision)
 {
 	__u8 *decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
 
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_ROOM, 0);
 	if (!decided)
 		return DENY;
+	*decision = DECISION(EVENT_EXCLUDED, 0, 0);
 	*decided = EXCLUDED;
 	return without_mark(ctx, sk);
 }
 
 static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
-					     const struct address *to)
+					     const struct address *to, __u32 *decision)
 {
 	__u64 netns = to->netns;
-	__u32 family = is_mapped_ipv4(to->ip) ? AF_INET : AF_INET6;
+	__u32 family = is_mapped_ipv4(to->ip) ? AF_INET : AF_INET6, port;
 	__u8 *decided;
 
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_ROUTE, 0);
 	if (!has_route(sk, netns, family))
 		return refuse(ENETUNREACH);
-	if (!has_listener(ctx, netns))
+	port = outbound_port(ctx, netns);
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_LISTENER, port);
+	if (!has_listener(netns, port))
 		return refuse(ECONNREFUSED);
 	decided = storage_get(captured_socks, sk, BPF_SK_STORAGE_GET_F_CREATE);
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_ROOM, 0);
 	if (!decided)
 		return DENY;
+	*decision = DECISION(EVENT_CAPTURED, 0, port);
 	*decided = CAPTURED;	/* for the guard: the mark is the app's to change */
 	return set_mark(ctx, (load(&sk->mark) & ~MARK_MASK) | LOOPBACK_MARK);
 }
 
-/* The gate is for apps alone: while a pod drains the proxy still delivers to them. */
-static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to)
+/*
+ * The gate is for apps alone: while a pod drains the proxy still delivers to them.
+ * No decision is set for what is no enrolled pod's, or stays inside of it.
+ */
+static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to,
+				 __u32 *decision)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
 	int is_enrolled = map_lookup(pods, &to->netns) != NULL;
@@ -149,14 +167,24 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address
 	if (!sk)
 		return is_enrolled ? DENY : ALLOW;
 	if (storage_get(proxy_sockets, sk, 0))
-		return is_own ? to_app(ctx, sk) : ALLOW;
+		return is_own ? to_app(ctx, sk, decision) : ALLOW;
 	if (!is_enrolled)
 		return ALLOW;
 	if (is_own || is_loopback(to->ip))
 		return from_app_to_pod(ctx, sk);
 	if (is_excluded(to->netns, OUTBOUND, to->ip, bpf_ntohs(ctx->user_port)))
-		return from_app_directly(ctx, sk);
-	return from_app_outwards(ctx, sk, to);
+		return from_app_directly(ctx, sk, decision);
+	return from_app_outwards(ctx, sk, to, decision);
+}
+
+static __always_inline int judge_and_tell(struct bpf_sock_addr *ctx, const struct address *to)
+{
+	__u32 decision = 0;
+	int verdict = judge(ctx, to, &decision);
+
+	if (decision)
+		trace_call(ctx, to, HOOK_CONNECT, decision);
+	return verdict;
 }
 
 /*
@@ -176,7 +204,7 @@ int pyamb_connect4(struct bpf_sock_addr *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return ALLOW;
 	set_ipv4(to.ip, ctx->user_ip4);
-	return judge(ctx, &to);
+	return judge_and_tell(ctx, &to);
 }
 
 /*
@@ -192,7 +220,7 @@ int pyamb_connect6(struct bpf_sock_addr *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return ALLOW;
 	set_ipv6(to.ip, ctx->user_ip6);
-	return judge(ctx, &to);
+	return judge_and_tell(ctx, &to);
 }
 
 DEFINE_LICENSE;

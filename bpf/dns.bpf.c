@@ -18,6 +18,7 @@
  */
 #include "maps.h"
 #include "selection.h"
+#include "trace_call.h"
 
 DEFINE_DNS_PODS;
 DEFINE_RESOLVERS;
@@ -151,11 +152,12 @@ static __always_inline int has_route(struct bpf_sock *sk, __u64 netns, int is_ip
 }
 
 static __always_inline int capture(struct bpf_sock_addr *ctx, struct bpf_sock *sk,
-				   const struct address *to)
+				   const struct address *to, __u32 *decision)
 {
 	struct resolver wanted = { .used = bpf_ktime_get_ns() };
 	int is_ipv4 = is_mapped_ipv4(to->ip), number;
 
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_ROUTE, 0);
 	if (!has_route(sk, to->netns, is_ipv4)) {
 		refuse(ENETUNREACH);
 		return REFUSED;
@@ -164,15 +166,19 @@ static __always_inline int capture(struct bpf_sock_addr *ctx, struct bpf_sock *s
 	if (is_link_local(to->ip))
 		wanted.scope = load(&sk->bound_dev_if);
 	number = slot_of(to->netns, &wanted);
+	*decision = number < 0 ? DECISION(EVENT_REFUSED, WHY_NO_ROOM, 0) :
+				 DECISION(EVENT_REFUSED, WHY_NO_LISTENER, DNS_PORT);
 	if (number < 0 || !has_listener(ctx, is_ipv4, number, dns_port(to->netns))) {
 		refuse(ECONNREFUSED);
 		return REFUSED;
 	}
+	*decision = DECISION(EVENT_REDIRECTED, 0, DNS_PORT);
 	return number;
 }
 
 /* A slot, PASS or REFUSED. A resolver inside the pod is the pod's own business. */
-static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to)
+static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to,
+				 __u32 *decision)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
 	__u8 *by = map_lookup(dns_pods, &to->netns);
@@ -185,9 +191,22 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address
 		return PASS;
 	if (is_loopback(to->ip) || map_lookup(addresses, to))
 		return PASS;
-	if (is_excluded(to->netns, OUTBOUND, to->ip, RESOLVER_PORT))
+	if (is_excluded(to->netns, OUTBOUND, to->ip, RESOLVER_PORT)) {
+		*decision = DECISION(EVENT_EXCLUDED, 0, 0);
 		return PASS;
-	return capture(ctx, sk, to);
+	}
+	return capture(ctx, sk, to, decision);
+}
+
+static __always_inline int judge_and_tell(struct bpf_sock_addr *ctx, const struct address *to,
+					  __u16 hook)
+{
+	__u32 decision = 0;
+	int number = judge(ctx, to, &decision);
+
+	if (decision)
+		trace_call(ctx, to, hook, decision);
+	return number;
 }
 
 static __always_inline int is_query(struct bpf_sock_addr *ctx)
@@ -195,7 +214,7 @@ static __always_inline int is_query(struct bpf_sock_addr *ctx)
 	return ctx->protocol == IPPROTO_UDP && ctx->user_port == bpf_htons(RESOLVER_PORT);
 }
 
-static __always_inline int redirect4(struct bpf_sock_addr *ctx)
+static __always_inline int redirect4(struct bpf_sock_addr *ctx, __u16 hook)
 {
 	struct address to;
 	int number;
@@ -204,7 +223,7 @@ static __always_inline int redirect4(struct bpf_sock_addr *ctx)
 		return ALLOW;
 	to.netns = bpf_get_netns_cookie(ctx);
 	set_ipv4(to.ip, ctx->user_ip4);
-	number = judge(ctx, &to);
+	number = judge_and_tell(ctx, &to, hook);
 	if (number < 0)
 		return number == PASS ? ALLOW : DENY;
 	ctx->user_ip4 = bpf_htonl(IPV4_SLOTS | number);
@@ -212,7 +231,7 @@ static __always_inline int redirect4(struct bpf_sock_addr *ctx)
 	return ALLOW;
 }
 
-static __always_inline int redirect6(struct bpf_sock_addr *ctx)
+static __always_inline int redirect6(struct bpf_sock_addr *ctx, __u16 hook)
 {
 	struct address to;
 	int number, is_ipv4;
@@ -222,7 +241,7 @@ static __always_inline int redirect6(struct bpf_sock_addr *ctx)
 	to.netns = bpf_get_netns_cookie(ctx);
 	set_ipv6(to.ip, ctx->user_ip6);
 	is_ipv4 = is_mapped_ipv4(to.ip);
-	number = judge(ctx, &to);
+	number = judge_and_tell(ctx, &to, hook);
 	if (number < 0)
 		return number == PASS ? ALLOW : DENY;
 	if (!is_ipv4) {
@@ -298,14 +317,14 @@ static __always_inline void restore6(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect4")
 int pyamb_dns_conn4(struct bpf_sock_addr *ctx)
 {
-	return redirect4(ctx);
+	return redirect4(ctx, HOOK_CONNECT);
 }
 
 /* Hook: cgroup/connect6 on --cgroup. Linux 5.7. Returns as pyamb_dns_conn4. */
 SEC("cgroup/connect6")
 int pyamb_dns_conn6(struct bpf_sock_addr *ctx)
 {
-	return redirect6(ctx);
+	return redirect6(ctx, HOOK_CONNECT);
 }
 
 /*
@@ -315,14 +334,14 @@ int pyamb_dns_conn6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg4")
 int pyamb_dns_send4(struct bpf_sock_addr *ctx)
 {
-	return redirect4(ctx);
+	return redirect4(ctx, HOOK_SENDMSG);
 }
 
 /* Hook: cgroup/sendmsg6 on --cgroup. Linux 5.7. Returns as pyamb_dns_conn4. */
 SEC("cgroup/sendmsg6")
 int pyamb_dns_send6(struct bpf_sock_addr *ctx)
 {
-	return redirect6(ctx);
+	return redirect6(ctx, HOOK_SENDMSG);
 }
 
 /*

@@ -8,6 +8,7 @@
 #define PYAMBIENT_DROPS_H
 
 #include "segment.h"
+#include "trace.h"
 
 /* pyambient/intercept/guard_maps.py has a word for each. */
 #define REASON_CAPTURED		0	/* a connection given to the proxy, past lo */
@@ -59,13 +60,15 @@ static __always_inline void note_drop(const struct segment *seg, __u32 reason)
 }
 
 /* What becomes of the packet; `counts_only` lets it go its way. */
-static __always_inline int drop(const struct segment *seg, __u32 reason)
+static __always_inline int drop(const struct segment *seg, __u32 reason, __u16 hook)
 {
 	__u64 *count = map_lookup(drop_counts, &reason);
+	__u32 what = constant(counts_only) ? EVENT_COUNTED : EVENT_DROPPED;
 
 	if (count)
 		*count += 1;
 	note_drop(seg, reason);
+	trace_packet(&seg->ends, constant(netns), hook, 0, DECISION(what, reason, 0));
 	return constant(counts_only) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 

@@ -266,7 +266,7 @@ int pyamb_guard(struct __sk_buff *skb)
 
 	if (!sk || !is_free(sk))
 		verdict = judge(skb, read_segment(skb, &seg), &seg);
-	if (verdict != PASS && drop(&seg, verdict) == TC_ACT_SHOT)
+	if (verdict != PASS && drop(&seg, verdict, HOOK_GUARD) == TC_ACT_SHOT)
 		return TC_ACT_SHOT;
 	if (constant(sign))
 		bpf_set_hash(skb, constant(sign));

@@ -35,7 +35,7 @@ int pyamb_guard_node(struct __sk_buff *skb)
 	kind = read_segment(skb, &seg);
 	if (kind == OTHER || (kind == QUERY && !captures_dns()))
 		return TC_ACT_UNSPEC;
-	return drop(&seg, REASON_UNSIGNED);
+	return drop(&seg, REASON_UNSIGNED, HOOK_GUARD_NODE);
 }
 
 DEFINE_LICENSE;

@@ -6,15 +6,6 @@
 #define ENETUNREACH	101
 #define ECONNREFUSED	111
 
-/* One volatile load: else clang 14 selects between two pointers into the socket. */
-static __always_inline __u32 load(const volatile __u32 *field)
-{
-	__u32 value = *field;
-
-	barrier_var(value);
-	return value;
-}
-
 /* The app learns at once that nobody will answer, as from a closed port. */
 static __always_inline int refuse(int error)
 {

@@ -13,6 +13,7 @@
 #include "maps.h"
 #include "probes.h"
 #include "selection.h"
+#include "trace.h"
 
 #define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
 
@@ -25,17 +26,21 @@ DEFINE_PROBES;
 DEFINE_CONSTANTS;
 
 /* This very socket: who is root may share its port, and would get a part. */
-static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
+static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port, __u32 *decision)
 {
 	struct listener key = { .netns = constant(netns), .port = port };
 	struct bpf_sock *sk = map_lookup(listeners, &key);
 	long error;
 
+	*decision = DECISION(EVENT_REFUSED | INWARDS, WHY_NO_LISTENER, port);
 	if (!sk)
 		return SK_DROP;
 	error = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	bpf_sk_release(sk);
-	return error ? SK_DROP : SK_PASS;
+	if (error)
+		return SK_DROP;
+	*decision = DECISION(EVENT_STEERED | INWARDS, 0, port);
+	return SK_PASS;
 }
 
 /* Both are free of padding: words of 8 bytes say it all. */
@@ -79,15 +84,17 @@ static __always_inline int is_opening_probe(struct bpf_sk_lookup *ctx, const __u
 
 /* HBONE is the mesh's own way in, whatever the pod's selection says. */
 static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *local,
-						const __u32 *remote)
+						const __u32 *remote, __u32 *decision)
 {
 	if (ctx->local_port == HBONE_PORT)
-		return steer_to(ctx, HBONE_PORT);
+		return steer_to(ctx, HBONE_PORT, decision);
+	*decision = DECISION(EVENT_EXCLUDED | INWARDS, 0, 0);
 	if (is_excluded(constant(netns), INBOUND, remote, ctx->local_port))
 		return SK_PASS;
+	*decision = DECISION(EVENT_PROBE | INWARDS, 0, 0);
 	if (is_opening_probe(ctx, local, remote))
 		return SK_PASS;
-	return steer_to(ctx, INBOUND_PORT);
+	return steer_to(ctx, INBOUND_PORT, decision);
 }
 
 static __always_inline void set_ends(struct connection *syn, struct bpf_sk_lookup *ctx,
@@ -106,7 +113,7 @@ static __always_inline void set_ends(struct connection *syn, struct bpf_sk_looku
  * proxy, again and again.
  */
 static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u32 *local,
-					   const __u32 *remote)
+					   const __u32 *remote, __u32 *decision)
 {
 	struct connection syn = { .netns = constant(netns) };
 	int is_upstream, by_lo;
@@ -114,20 +121,22 @@ static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u3
 	set_ends(&syn, ctx, local, remote);
 	is_upstream = map_lookup(upstreams, &syn) != NULL;
 	by_lo = is_noted(&syn);
-	if (is_upstream != by_lo)
+	if (is_upstream != by_lo) {
+		*decision = DECISION(EVENT_REFUSED | INWARDS, WHY_FORGED, 0);
 		return SK_DROP;
-	return by_lo ? SK_PASS : inbound_from_outside(ctx, local, remote);
+	}
+	return by_lo ? SK_PASS : inbound_from_outside(ctx, local, remote, decision);
 }
 
 /* To an address of this pod, and neither from one of its own nor from loopback. */
 static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct address *local,
-				   const struct address *remote)
+				   const struct address *remote, __u32 *decision)
 {
 	if (!constant(has_ingress_ifindex))
-		return inbound_by_note(ctx, local->ip, remote->ip);
+		return inbound_by_note(ctx, local->ip, remote->ip, decision);
 	if (ctx->ingress_ifindex == LOOPBACK_IFINDEX)
 		return SK_PASS;
-	return inbound_from_outside(ctx, local->ip, remote->ip);
+	return inbound_from_outside(ctx, local->ip, remote->ip, decision);
 }
 
 /* DNS over TCP has a listener of its own. */
@@ -159,15 +168,51 @@ static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const __u32 *
  * here. Neither end known means an address that is not recorded yet, so that
  * nobody can say which way it goes: refused, as by a closed port. With backend
  * `tc` it may be a connection that the pod forwards.
+ *
+ * Nothing is told of it: there is word already, where it was captured. And the
+ * programs on devices may just be asking who has the other end of a segment.
  */
 static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct address *local,
 				    const struct address *remote, int from_pod)
 {
+	__u32 untold;
+
 	if (is_loopback(local->ip))
 		return SK_PASS;
 	if (from_pod || is_forwarded(ctx, local->ip, remote->ip))
-		return steer_to(ctx, outbound_port(ctx));
+		return steer_to(ctx, outbound_port(ctx), &untold);
 	return SK_DROP;
+}
+
+/* A decision is set for what comes from outside. */
+static __always_inline int judge(struct bpf_sk_lookup *ctx, const struct address *local,
+				 const struct address *remote, __u32 *decision)
+{
+	int to_pod = map_lookup(addresses, local) != NULL;
+	int from_pod = map_lookup(addresses, remote) != NULL;
+
+	if (!to_pod)
+		return outbound(ctx, local, remote, from_pod);
+	if (from_pod || is_loopback(remote->ip))
+		return SK_PASS;
+	return inbound(ctx, local, remote, decision);
+}
+
+/*
+ * Fields of the other family are 0. To read all of them takes no branch: with
+ * one for each family the verifier follows the two all the way from the start.
+ */
+static __always_inline void trace(struct bpf_sk_lookup *ctx, __u32 decision)
+{
+	struct connection syn = {};
+
+	set_ipv6(syn.from, ctx->remote_ip6);
+	set_ipv6(syn.to, ctx->local_ip6);
+	syn.from[3] |= ctx->remote_ip4;
+	syn.to[3] |= ctx->local_ip4;
+	syn.from_port = bpf_ntohs(ctx->remote_port);
+	syn.to_port = ctx->local_port;
+	trace_packet(&syn, constant(netns), HOOK_SK_LOOKUP, ctx->family, decision);
 }
 
 /*
@@ -183,7 +228,8 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct address local = { .netns = constant(netns) };
 	struct address remote = { .netns = constant(netns) };
-	int to_pod, from_pod;
+	__u32 decision = 0;
+	int verdict;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -194,13 +240,10 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 		set_ipv6(local.ip, ctx->local_ip6);
 		set_ipv6(remote.ip, ctx->remote_ip6);
 	}
-	to_pod = map_lookup(addresses, &local) != NULL;
-	from_pod = map_lookup(addresses, &remote) != NULL;
-	if (!to_pod)
-		return outbound(ctx, &local, &remote, from_pod);
-	if (from_pod || is_loopback(remote.ip))
-		return SK_PASS;
-	return inbound(ctx, &local, &remote);
+	verdict = judge(ctx, &local, &remote, &decision);
+	if (decision)
+		trace(ctx, decision);
+	return verdict;
 }
 
 DEFINE_LICENSE;

@@ -182,6 +182,15 @@ static __always_inline void set_ipv4(__u32 *ip, __u32 ipv4)
 	ip[3] = ipv4;
 }
 
+/* One volatile load: else clang 14 selects between two pointers into the socket. */
+static __always_inline __u32 load(const volatile __u32 *field)
+{
+	__u32 value = *field;
+
+	barrier_var(value);
+	return value;
+}
+
 /* Volatile loads: else clang 14 merges those of two families and moves ctx itself. */
 static __always_inline void set_ipv6(__u32 *ip, const volatile __u32 *ipv6)
 {

@@ -35,6 +35,7 @@ DEFINE_FORWARDED;
 DEFINE_CONSTANTS;
 
 #include "query.h"
+#include "trace.h"
 
 /*
  * The packet goes in by lo. A device without a link layer (tun, WireGuard) has
@@ -99,14 +100,16 @@ static __always_inline int refuse(struct __sk_buff *skb, const struct segment *s
 }
 
 /* The port sk_lookup will choose, too (lookup.bpf.c). */
-static __always_inline int has_listener(const struct connection *ends)
+static __always_inline __u32 outbound_port(const struct connection *ends)
 {
-	struct listener key = { .netns = constant(netns), .port = OUTBOUND_PORT };
-	struct bpf_sock *sk;
+	return ends->to_port == RESOLVER_PORT && captures_dns() ? DNS_PORT : OUTBOUND_PORT;
+}
 
-	if (ends->to_port == RESOLVER_PORT && captures_dns())
-		key.port = DNS_PORT;
-	sk = map_lookup(listeners, &key);
+static __always_inline int has_listener(__u32 port)
+{
+	struct listener key = { .netns = constant(netns), .port = port };
+	struct bpf_sock *sk = map_lookup(listeners, &key);
+
 	if (!sk)
 		return 0;
 	bpf_sk_release(sk);
@@ -148,17 +151,24 @@ static __always_inline int passes(struct bpf_sock *sk, const struct connection *
 }
 
 static __always_inline int opens(struct __sk_buff *skb, struct bpf_sock *sk,
-				 const struct segment *syn)
+				 const struct segment *syn, __u32 *decision)
 {
 	__u64 netns = constant(netns);
+	__u32 port;
 
-	if (!map_lookup(redirected, &netns) ||
-	    is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))
+	if (!map_lookup(redirected, &netns))
 		return passes(sk, &syn->ends);
-	if (!has_listener(&syn->ends))
+	*decision = DECISION(EVENT_EXCLUDED, 0, 0);
+	if (is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))
+		return passes(sk, &syn->ends);
+	port = outbound_port(&syn->ends);
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_LISTENER, port);
+	if (!has_listener(port))
 		return refuse(skb, syn);
+	*decision = DECISION(EVENT_REFUSED, WHY_NO_ROOM, 0);
 	if (!note_captured(sk, &syn->ends))
 		return TC_ACT_SHOT;
+	*decision = DECISION(EVENT_CAPTURED, 0, port);
 	return to_lo(skb);
 }
 
@@ -204,39 +214,67 @@ static __always_inline int goes_on(struct __sk_buff *skb, struct bpf_sock *sk,
  * datagram does not leave where it could be a query; for TCP there is the guard.
  */
 static __always_inline int unreadable(struct bpf_sock *sk, const struct segment *seg,
-				      struct __sk_buff *skb)
+				      struct __sk_buff *skb, __u32 *decision)
 {
 	__u8 *decided = sk ? storage_get(captured_socks, sk, 0) : NULL;
 
 	if (decided)
 		return *decided == CAPTURED ? to_lo(skb) : TC_ACT_UNSPEC;
-	return seg->protocol != IPPROTO_TCP && captures_dns() ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	if (seg->protocol == IPPROTO_TCP || !captures_dns())
+		return TC_ACT_UNSPEC;
+	*decision = DECISION(EVENT_REFUSED, WHY_UNREADABLE, 0);
+	return TC_ACT_SHOT;
 }
 
 static __always_inline int datagram(struct __sk_buff *skb, struct bpf_sock *sk,
-				    struct segment *seg)
+				    struct segment *seg, __u32 *decision)
 {
 	struct udphdr udp;
 	int captured;
 
+	*decision = DECISION(EVENT_REFUSED | OF_UDP, WHY_UNREADABLE, 0);
 	if (READ(skb, seg->offset, udp))
 		return TC_ACT_SHOT;
 	captured = is_query(seg, &udp);
+	*decision = DECISION(EVENT_REFUSED | OF_UDP, WHY_NO_ROOM, 0);
 	if (!decide_fragments(seg, captured))
 		return TC_ACT_SHOT;
-	if (!captured)
+	if (!captured) {
+		*decision = seg->ends.to_port == RESOLVER_PORT ?
+				    DECISION(EVENT_EXCLUDED | OF_UDP, 0, 0) : 0;
 		return TC_ACT_UNSPEC;
-	return divert(skb, sk, seg, &udp) ? to_lo(skb) : TC_ACT_SHOT;
+	}
+	if (!divert(skb, sk, seg, &udp))
+		return TC_ACT_SHOT;
+	*decision = DECISION(EVENT_REDIRECTED | OF_UDP, 0, DNS_PORT);
+	return to_lo(skb);
 }
 
-static __always_inline int other(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg)
+static __always_inline int other(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg,
+				 __u32 *decision)
 {
 	if (!captures_dns())
 		return TC_ACT_UNSPEC;
 	if (is_datagram(seg))
-		return datagram(skb, sk, seg);
+		return datagram(skb, sk, seg, decision);
 	decide_fragments(seg, 0);
 	return TC_ACT_UNSPEC;
+}
+
+static __always_inline int judge(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg,
+				 __u32 *decision)
+{
+	int kind = read_segment(skb, seg);
+
+	if (seg->fragment == LATER && is_of_split_query(seg))
+		return to_lo(skb);
+	if (kind == UNREADABLE)
+		return unreadable(sk, seg, skb, decision);
+	if (kind != SEGMENT)
+		return other(skb, sk, seg, decision);
+	if (seg->tcp.syn && !seg->tcp.ack)
+		return opens(skb, sk, seg, decision);
+	return goes_on(skb, sk, &seg->ends);
 }
 
 /*
@@ -252,22 +290,17 @@ int pyamb_redirect(struct __sk_buff *skb)
 {
 	struct segment segment = { .ends = { .netns = constant(netns) } };
 	struct bpf_sock *sk = skb->sk;	/* once: a second load may be NULL again */
-	int kind;
+	__u32 decision = 0;
+	int verdict;
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
 	if (sk && storage_get(proxy_sockets, sk, 0))
 		return TC_ACT_UNSPEC;
-	kind = read_segment(skb, &segment);
-	if (segment.fragment == LATER && is_of_split_query(&segment))
-		return to_lo(skb);
-	if (kind == UNREADABLE)
-		return unreadable(sk, &segment, skb);
-	if (kind != SEGMENT)
-		return other(skb, sk, &segment);
-	if (segment.tcp.syn && !segment.tcp.ack)
-		return opens(skb, sk, &segment);
-	return goes_on(skb, sk, &segment.ends);
+	verdict = judge(skb, sk, &segment, &decision);
+	if (decision)
+		trace_packet(&segment.ends, constant(netns), HOOK_REDIRECT, 0, decision);
+	return verdict;
 }
 
 static __always_inline int is_answer_to_forwarded(const struct connection *answer)
@@ -289,16 +322,19 @@ static __always_inline int anew(struct __sk_buff *skb)
 }
 
 /* From another device: its link-layer address is that of a router, and it is for this host. */
-static __always_inline int comes(struct __sk_buff *skb, const struct segment *seg)
+static __always_inline int comes(struct __sk_buff *skb, struct segment *seg)
 {
 	struct udphdr udp;
 
 	bpf_skb_change_type(skb, PACKET_HOST);
 	if (!is_datagram(seg))
 		return TC_ACT_UNSPEC;
-	if (READ(skb, seg->offset, udp) || !reaches_proxy(skb, seg, &udp))
-		return TC_ACT_SHOT;
-	return TC_ACT_UNSPEC;
+	if (!READ(skb, seg->offset, udp) && reaches_proxy(skb, seg, &udp))
+		return TC_ACT_UNSPEC;
+	seg->ends.to_port = RESOLVER_PORT;	/* as it was sent */
+	trace_packet(&seg->ends, constant(netns), HOOK_ARRIVAL, 0,
+		     DECISION(EVENT_REFUSED | OF_UDP, WHY_NO_LISTENER, DNS_PORT));
+	return TC_ACT_SHOT;
 }
 
 /* The proxy's answer to a query stays where it is: a socket bound to a device still gets it. */

@@ -36,6 +36,7 @@ from pyambient.intercept.interface import Site, Stage
 from pyambient.intercept.options import CLOSE
 from pyambient.intercept.processes import members
 from pyambient.intercept.runner import StepFailed, undo_stages
+from pyambient.intercept.trace_reader import clear_dead
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 
@@ -413,6 +414,10 @@ class Enrolments:
             if enrolled.record.state is State.ENROLLED and not enrolled.freed.is_set():
                 args = (enrolled.record, enrolled.netns, enrolled.leaks)
                 await self._kernel.run(look_for_leaks, *args)
+
+    async def clear_dead_traces(self) -> None:
+        """Take back what killed readers of events have left in the kernel."""
+        await self._kernel.run(clear_dead, self._settings.bpffs)
 
     async def leaks(self, enrolled: Enrolled) -> dict[str, Any] | None:
         """What the pod's guards saw, as JSON values; None where it has none."""

@@ -51,6 +51,7 @@ class Rounds:
         for enrolled in pods:
             await self._look_at(enrolled, this)
         self._failures = {p.uid: self._failures[p.uid] for p in pods if p.uid in self._failures}
+        await self._clear_dead_traces()
         self.rounds += 1
         self.seconds = trio.current_time() - started
 
@@ -64,6 +65,12 @@ class Rounds:
             self._note(enrolled, f"internal error: {error!r}", error)
         else:
             self._failures.pop(enrolled.uid, None)
+
+    async def _clear_dead_traces(self) -> None:
+        try:
+            await self._enrolments.clear_dead_traces()
+        except OSError as error:
+            _log.error("cannot clear up after a trace", error=str(error))
 
     def _note(self, enrolled: Enrolled, reason: str, bug: Exception | None) -> None:
         """Log a failure, unless it is the one of the round before."""

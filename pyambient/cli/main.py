@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "status": _Entry("status", "Show what is enrolled"),
     "verify": _Entry("verify", "Prove that a network namespace is captured"),
     "explain": _Entry("explain", "Say what would happen to a connection, rule by rule"),
+    "trace": _Entry("trace", "Show what the interception decides, as it happens"),
     "check": _Entry("check", "Show what this machine can do"),
     "bench": _Entry("bench", "Measure what an interception costs"),
     "agent": _Entry("agent", "Run the agent alone"),

@@ -41,11 +41,14 @@ from .mounts import ensure_bpffs
 from .original_dns import RESOLVERS_MAP
 
 _LOCK_SECONDS: Final = 10.0
+# Whatever decides about a pod tells it by these (bpf/trace.h).
+TRACE_MAPS: Final = ("trace_readers", "trace_rings")
 MAPS: Final = (
     *("pods", "addresses", "devices", "listeners"),
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
     *("dns_pods", RESOLVERS_MAP),
     *("probe_sockets", "probes", "moved_ports"),
+    *TRACE_MAPS,
 )
 REDIRECT_MAPS: Final = ("redirected", "forwarded", "forwarded_dns", "split_dns")
 _ALL_MAPS: Final = MAPS + REDIRECT_MAPS

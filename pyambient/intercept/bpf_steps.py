@@ -24,6 +24,7 @@ from pyambient.model.ports import Ports
 from . import lo_filter
 from .bpf_node import (
     BPF,
+    TRACE_MAPS,
     NodePrograms,
     Place,
     ProgramSet,
@@ -38,7 +39,10 @@ from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
 from .original_dns import RESOLVERS_MAP, slot_key
 
-_LOOKUP_MAPS = ("addresses", "listeners", "upstreams", "selections", "dns_pods", "probes")
+_LOOKUP_MAPS = (
+    *("addresses", "listeners", "upstreams", "selections", "dns_pods", "probes"),
+    *TRACE_MAPS,
+)
 _LINK_PIN = "sk_lookup"
 _NOTES_PIN = "notes"
 

@@ -30,6 +30,7 @@ class MapType(enum.IntEnum):
 
     HASH = 1
     LPM_TRIE = 11
+    RINGBUF = 27
 
 
 class _CreateOptions(ctypes.Structure):

@@ -17,7 +17,7 @@ from typing import ClassVar, Final
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
-from .bpf_node import existing_map
+from .bpf_node import TRACE_MAPS, existing_map
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .egress_guard import sign_of
 from .guard_maps import COUNTS, LAST, keep_new, opened
@@ -26,6 +26,8 @@ from .loader import Constants, LoadedObject, load
 from .rtnetlink import routes
 
 _VETH: Final = "veth"
+
+_NODE_MAPS: Final = ("dns_pods", *TRACE_MAPS)
 
 
 @functools.cache
@@ -59,11 +61,10 @@ class NodeGuard(DeviceProgram):
         constants = Constants(
             self.cookie, is_ethernet=True, counts_only=self.counts_only, sign=sign_of(pod)
         )
-        with (
-            existing_map(bpffs, "dns_pods") as dns_pods,
-            opened(pod, bpffs, COUNTS, LAST) as own,
-            load("guard_node", constants, shared := {"dns_pods": dns_pods, **own}) as loaded,
-        ):
+        with contextlib.ExitStack() as stack:
+            shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}
+            shared |= stack.enter_context(opened(pod, bpffs, COUNTS, LAST))
+            loaded = stack.enter_context(load("guard_node", constants, shared))
             keep_new(pod, bpffs, loaded, shared)
             yield loaded
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from .bpf_node import TC, ProgramSet, existing_map
+from .bpf_node import TC, TRACE_MAPS, ProgramSet, existing_map
 from .bpf_steps import DnsGate, MapEntry, NodeStep
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .interface import Pod, Stage, step
@@ -19,6 +19,7 @@ _SHARED: Final = (
     *("listeners", "redirected", "selections"),
     *("proxy_sockets", "captured_socks", "forwarded"),
     *("dns_pods", "forwarded_dns", "split_dns", "moved_ports"),
+    *TRACE_MAPS,
 )
 
 

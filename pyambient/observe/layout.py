@@ -59,9 +59,9 @@ def json_line(level: str, scope: str, message: str, fields: Mapping[str, Any]) -
     return _encode(head | rest)
 
 
-def timestamp() -> str:
-    """Now, as RFC 3339 with microseconds and a Z."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")[:26] + "Z"
+def timestamp(at: datetime | None = None) -> str:
+    """A moment, or now, as RFC 3339 with microseconds and a Z."""
+    return (at or datetime.now(UTC)).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def clip(text: str) -> str:

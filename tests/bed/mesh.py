@@ -147,6 +147,16 @@ class Mesh:
         self._started.append(process)
         return process
 
+    def spawn(self, verb: str, *words: str) -> subprocess.Popen[str]:
+        """Start `pyambient VERB`, to be ended by the test, with pipes to what it says."""
+        return subprocess.Popen(
+            self._command(verb, *words),
+            env=self._environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
     def status(self) -> dict[str, Any]:
         """What `pyambient status -o json` says."""
         return dict(json.loads(self.cli("status", "--output=json").stdout))

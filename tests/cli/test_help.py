@@ -21,6 +21,7 @@ COMMANDS = [
     "status",
     "verify",
     "explain",
+    "trace",
     "check",
     "bench",
     "agent",

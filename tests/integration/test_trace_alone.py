@@ -1,0 +1,46 @@
+"""`pyambient trace` that begins before its pods, outlives them, or is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pyambient.model.address import SocketAddress
+from tests.bed import apps
+from tests.bed.patience import patience
+
+from .conftest import Pair
+from .tracing import is_anybody_reading, tracing
+
+
+@pytest.fixture(scope="module", params=["bpf", "tc"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Those that tell what they decide."""
+    return str(request.param)
+
+
+def test_a_killed_trace_is_cleared_up(strangers: Pair) -> None:
+    """By the agent, when its lease is over."""
+    strangers.enroll()
+    with tracing(strangers) as trace:
+        assert trace.said.startswith("tracing")
+        os.kill(trace.process.pid, signal.SIGKILL)
+        trace.process.wait(patience(20))
+    assert is_anybody_reading()
+    strangers.mesh.wait_until(lambda: not is_anybody_reading(), "cleared place", 30)
+
+
+def test_it_waits_for_pods_and_outlives_them(strangers: Pair) -> None:
+    """The last one takes programs and maps along; the next one is traced again."""
+    to = SocketAddress(strangers.outside.ipv4, 8080)
+    with strangers.serve(strangers.outside, 8080), tracing(strangers) as trace:
+        assert trace.said.startswith("note: no pod is enrolled with backend bpf or tc")
+        for _ in range(2):
+            strangers.mesh.enroll(strangers.client, backend=strangers.backend)
+            strangers.mesh.wait_until(is_anybody_reading, "place taken", 30)
+            assert strangers.client.run(apps.request, to, b"hello").data == b"hello"
+            assert trace.until("captured")[-1]["pod"] == "default/client"
+            strangers.mesh.unenroll(strangers.client)
+        trace.end()
