@@ -155,22 +155,21 @@ static __always_inline int from_app_outwards(struct bpf_sock_addr *ctx, struct b
 
 /*
  * The gate is for apps alone: while a pod drains the proxy still delivers to them.
- * No decision is set for what is no enrolled pod's, or stays inside of it.
+ * No decision is set for what is no enrolled pod's, or stays inside of it. Whoever
+ * is not enrolled pays for one look at the socket and one look-up.
  */
 static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address *to,
 				 __u32 *decision)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
-	int is_enrolled = map_lookup(pods, &to->netns) != NULL;
-	int is_own = map_lookup(addresses, to) != NULL;
 
-	if (!sk)
-		return is_enrolled ? DENY : ALLOW;
-	if (storage_get(proxy_sockets, sk, 0))
-		return is_own ? to_app(ctx, sk, decision) : ALLOW;
-	if (!is_enrolled)
+	if (sk && storage_get(proxy_sockets, sk, 0))
+		return map_lookup(addresses, to) ? to_app(ctx, sk, decision) : ALLOW;
+	if (!map_lookup(pods, &to->netns))
 		return ALLOW;
-	if (is_own || is_loopback(to->ip))
+	if (!sk)
+		return DENY;
+	if (is_loopback(to->ip) || map_lookup(addresses, to))
 		return from_app_to_pod(ctx, sk);
 	if (is_excluded(to->netns, OUTBOUND, to->ip, bpf_ntohs(ctx->user_port)))
 		return from_app_directly(ctx, sk, decision);

@@ -249,6 +249,14 @@ static __always_inline int judge(struct __sk_buff *skb, int kind, const struct s
 	return sk ? judge_other(skb, sk, seg) : judge_without(skb, seg);
 }
 
+static __always_inline int judge_packet(struct __sk_buff *skb)
+{
+	struct segment seg = {};
+	int verdict = judge(skb, read_segment(skb, &seg), &seg);
+
+	return verdict == PASS ? TC_ACT_UNSPEC : drop(&seg, verdict, HOOK_GUARD);
+}
+
 /*
  * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
  * Returns TC_ACT_SHOT for TCP that is not of the proxy, excluded, from before
@@ -261,12 +269,8 @@ SEC("tc")
 int pyamb_guard(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
-	struct segment seg = {};
-	int verdict = PASS;
 
-	if (!sk || !is_free(sk))
-		verdict = judge(skb, read_segment(skb, &seg), &seg);
-	if (verdict != PASS && drop(&seg, verdict, HOOK_GUARD) == TC_ACT_SHOT)
+	if ((!sk || !is_free(sk)) && judge_packet(skb) == TC_ACT_SHOT)
 		return TC_ACT_SHOT;
 	if (constant(sign))
 		bpf_set_hash(skb, constant(sign));

@@ -54,10 +54,14 @@ int pyamb_probe6(struct bpf_sock_addr *ctx)
 SEC("sockops")
 int pyamb_probing(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
 	struct connection key = {};
+	struct bpf_sock *sk;
 	__u8 yes = 1;
 
+	/* The kernel comes here several times for each connection of the cgroup. */
+	if (ctx->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ctx->op != BPF_SOCK_OPS_STATE_CB)
+		return ALLOW;
+	sk = ctx->sk;	/* once: a second load may be NULL again */
 	if (!sk || !storage_get(probe_sockets, sk, 0))
 		return ALLOW;
 	read_ends(&key, ctx);

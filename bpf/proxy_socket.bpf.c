@@ -67,6 +67,15 @@ static __always_inline void left_syn_sent(struct bpf_sock_ops *ctx, __u64 netns)
 	bpf_sock_ops_cb_flags_set(ctx, 0);
 }
 
+/* The kernel comes here several times for each connection of the proxy. */
+static __always_inline int is_noted(__u32 op)
+{
+	if (op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		return 1;
+	return !constant(has_ingress_ifindex) &&
+	       (op == BPF_SOCK_OPS_TCP_CONNECT_CB || op == BPF_SOCK_OPS_STATE_CB);
+}
+
 /*
  * Hook: sockops on the proxy's cgroup. Linux 5.9.
  * Returns ALLOW always. Keeps `listeners` (our ports) and, where sk_lookup has
@@ -76,9 +85,13 @@ static __always_inline void left_syn_sent(struct bpf_sock_ops *ctx, __u64 netns)
 SEC("sockops")
 int pyamb_sockops(struct bpf_sock_ops *ctx)
 {
-	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
-	__u64 *netns = sk ? storage_get(proxy_sockets, sk, 0) : NULL;
+	struct bpf_sock *sk;
+	__u64 *netns;
 
+	if (!is_noted(ctx->op))
+		return ALLOW;
+	sk = ctx->sk;	/* once: a second load may be NULL again */
+	netns = sk ? storage_get(proxy_sockets, sk, 0) : NULL;
 	if (!netns)
 		return ALLOW;
 	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
