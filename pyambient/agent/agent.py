@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -10,12 +11,15 @@ import trio
 
 from pyambient.errors import PyambientError
 from pyambient.intercept.loader import use
+from pyambient.intercept.node_objects import ahead
 from pyambient.observe.logs import get_logger
 
 from .api import Api
 from .config import AgentSettings
 from .enrolled import Enrolled
 from .enrolment import Enrolments
+from .interception import load_ahead
+from .kernel import KernelQueue
 from .lock import AgentLock
 from .proxies import Proxies
 from .reconcile import Rounds
@@ -33,7 +37,8 @@ class Agent:
         self._settings = settings
         self._proxies = Proxies()
         store = RecordStore(settings.run_dir.pods)
-        self.enrolments = Enrolments(settings, store, self._proxies, self._hold)
+        self._kernel = KernelQueue()
+        self.enrolments = Enrolments(settings, store, self._proxies, self._kernel, self._hold)
         self._succession = Succession(self.enrolments)
         self._rounds = Rounds(self.enrolments, settings.round_pause)
         self._api = Api(self.enrolments, self._proxies, self._rounds)
@@ -48,6 +53,7 @@ class Agent:
             await nursery.start(self._proxies.serve, run_dir)
             await nursery.start(self._api.serve, run_dir.agent_socket)
             nursery.start_soon(self._rounds.run)
+            nursery.start_soon(self._kernel.run, load_ahead, self._settings.site)
             for record in self.enrolments.unfinished:
                 nursery.start_soon(self._succeed, record)
             _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
@@ -115,7 +121,7 @@ def run(settings: AgentSettings) -> None:
     """Run an agent until SIGINT or SIGTERM; pods stay enrolled."""
     use(settings.bpf_loader)
     settings.run_dir.prepare()
-    with AgentLock(settings.run_dir):
+    with AgentLock(settings.run_dir), contextlib.closing(ahead):
         trio.run(_run, settings)
 
 

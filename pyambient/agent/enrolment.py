@@ -90,13 +90,14 @@ class Enrolments:
         settings: AgentSettings,
         store: RecordStore,
         proxies: Proxies,
+        kernel: KernelQueue,
         held: Callable[[Enrolled], None],
     ) -> None:
         self._settings = settings
         self._store = store
         self._proxies = proxies
         self._held = held
-        self._kernel = KernelQueue()
+        self._kernel = kernel
         self._switch = Switch(store, proxies, self._kernel)
         self.relocation = Relocation(store, proxies, self._kernel, self._refresh)
         self._pods: dict[str, Enrolled] = {}

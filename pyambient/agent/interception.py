@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyambient.errors import PyambientError
+from pyambient.intercept import probe
+from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.choose import choose
 from pyambient.intercept.fingerprint import (
     fingerprint,
@@ -52,6 +54,13 @@ from pyambient.netns import Netns
 from .enrolled import Enrolled
 from .locate import find
 from .records import Record, RecordStore
+
+
+def load_ahead(site: Site) -> None:
+    """Have ready what the node's first pod needs, where backend `bpf` works."""
+    with contextlib.suppress(PyambientError, OSError):
+        if site.cgroup is not None and probe.lacking(site.cgroup) is None:
+            NodePrograms(site.bpffs, site.cgroup).load_ahead(probe.constants(site.cgroup))
 
 
 def make_plan(pod: Pod, backend: str, site: Site, options: CaptureOptions) -> Plan:

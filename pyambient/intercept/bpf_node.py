@@ -27,7 +27,7 @@ import functools
 import os
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,8 +36,9 @@ from pyambient.errors import PyambientError
 
 from .foreign_hooks import refuse_foreign
 from .kernel_objects import AttachType, Link, Map, program_info
-from .loader import Constants, LoadedObject, load
+from .loader import Constants
 from .mounts import ensure_bpffs
+from .node_objects import NodeObjects, ahead
 from .original_dns import RESOLVERS_MAP
 
 _LOCK_SECONDS: Final = 10.0
@@ -166,11 +167,13 @@ class NodePrograms:
         """
         ensure_bpffs(self.bpffs)
         with self._locked():
-            if not self._is_claimed():
+            is_first = not self._is_claimed()
+            if is_first:
                 self._remove_pins()
             ensure_bpffs(self.bpffs)
             try:
-                self._complete(constants, repair=pod_directory(self.bpffs, uid).is_dir())
+                repair = pod_directory(self.bpffs, uid).is_dir()
+                self._complete(constants, repair=repair, is_first=is_first)
                 pod_directory(self.bpffs, uid).mkdir(parents=True, exist_ok=True)
             except BaseException:
                 self._remove_unclaimed()
@@ -209,7 +212,7 @@ class NodePrograms:
         finally:
             os.close(fd)
 
-    def _complete(self, constants: Constants, *, repair: bool) -> None:
+    def _complete(self, constants: Constants, *, repair: bool, is_first: bool) -> None:
         directory = self.directory if self.directory.exists() else self._building
         lost = [name for name in self.needed.maps if not (directory / name).exists()]
         if repair or lost:
@@ -225,22 +228,43 @@ class NodePrograms:
             self.proxy_cgroup.mkdir(exist_ok=True)
         directory.mkdir(exist_ok=True)
         if absent or lost:
-            self._load(directory, absent, self.needed.sources if lost else (), constants)
+            others = self.needed.sources if lost else ()
+            self._load(directory, absent, others, constants, is_first=is_first)
         if directory != self.directory:
             directory.rename(self.directory)
 
+    def load_ahead(self, constants: Constants) -> None:
+        """Have everything loaded before the first pod claims it, unless pods have done so."""
+        if not self._is_claimed():
+            sources = self._sources(self.needed.hooks, self.needed.sources)
+            ahead.load(self.bpffs, sources, constants)
+
     def _load(
-        self, directory: Path, hooks: list[Hook], others: tuple[str, ...], constants: Constants
+        self,
+        directory: Path,
+        hooks: Iterable[Hook],
+        others: Iterable[str],
+        constants: Constants,
+        *,
+        is_first: bool,
     ) -> None:
-        """Attach these hooks, and make the maps of theirs and of `others` that are not there."""
+        """Attach these hooks, and make the maps of theirs and of `others` that are not there.
+
+        What is loaded ahead is for the first pod: what others have lost is made anew.
+        """
+        sources = self._sources(hooks, others)
         with contextlib.ExitStack() as stack:
             maps = {m.name: stack.enter_context(m) for m in _pinned_maps(directory)}
-            objects: dict[str, LoadedObject] = {}
-            for source in dict.fromkeys((*(hook.source for hook in hooks), *others)):
-                objects[source] = stack.enter_context(load(source, constants, maps))
-                maps |= _pin_new(objects[source], maps, directory, stack)
+            objects = ahead.find(self.bpffs, sources, constants) if is_first else None
+            if objects is None:
+                objects = stack.enter_context(NodeObjects(sources, constants, maps))
+            objects.pin_maps(directory)
             for hook in hooks:
-                self._link(directory, hook, objects[hook.source].program_fd(hook.program))
+                self._link(directory, hook, objects.program_fd(hook.source, hook.program))
+
+    @staticmethod
+    def _sources(hooks: Iterable[Hook], others: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*(hook.source for hook in hooks), *others)))
 
     def _link(self, directory: Path, hook: Hook, program: int) -> None:
         target = os.open(self._cgroup_of(hook), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -416,17 +440,6 @@ def _pin_instead(used: Map, path: Path) -> None:
                 return
     path.unlink(missing_ok=True)
     used.pin(path)
-
-
-def _pin_new(
-    loaded: LoadedObject, known: dict[str, Map], directory: Path, stack: contextlib.ExitStack
-) -> dict[str, Map]:
-    """Pin the maps that the object had to make itself."""
-    made = {name: stack.enter_context(m) for name, m in loaded.maps().items()}
-    added = {name: m for name, m in made.items() if name not in known}
-    for name, fresh in added.items():
-        fresh.pin(directory / name)
-    return added
 
 
 def _remove(directory: Path) -> None:

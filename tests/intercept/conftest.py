@@ -9,13 +9,14 @@ import pytest
 
 from pyambient.errors import UnsupportedFeature
 from pyambient.intercept import probe
+from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.interface import Interceptor
 from pyambient.intercept.loader import Constants
 from pyambient.netns import Netns
 from tests.bed import Bed, BedPod, CgroupTree
 from tests.bed.masquerade import masqueraded
 
-from .bpf_mesh import BpfMesh
+from .bpf_mesh import BPFFS, BpfMesh
 from .netfilter_mesh import INTERCEPTORS
 
 
@@ -59,3 +60,16 @@ def _of_linux_5_10(cgroup: Path) -> Constants:
 
 def _no_cookie(netns: Netns) -> int:
     raise UnsupportedFeature("SO_NETNS_COOKIE", "5.14")
+
+
+@pytest.fixture
+def node(cgroup_tree: CgroupTree) -> Iterator[NodePrograms]:
+    """The node's programs, claimed by nobody, on a cgroup of the test's own."""
+    cgroup = cgroup_tree.path / "node"
+    cgroup.mkdir()
+    programs = NodePrograms(BPFFS, cgroup)
+    yield programs
+    for directory in list((BPFFS / "pods").glob("*")):
+        programs.release(directory.name)
+    assert not BPFFS.exists()
+    cgroup.rmdir()

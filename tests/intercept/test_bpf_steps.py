@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from pyambient.intercept.interface import (
 from pyambient.intercept.kernel_objects import AttachType, Link
 from pyambient.intercept.loader import Constants, load
 from pyambient.intercept.netns_cookie import netns_cookie
-from tests.bed import Bed, BedPod, CgroupTree, Channel, apps
+from tests.bed import Bed, BedPod, Channel, apps
 from tests.bed.snapshot import kernel_state
 
 from .bpf_mesh import BPFFS, BpfMesh, at, links_on, serve, target
@@ -37,19 +37,6 @@ from .clang import foreign_program
 @pytest.fixture
 def pair(bed: Bed, kernel: Constants) -> tuple[BedPod, BedPod]:
     return bed.pod("a"), bed.pod("b")
-
-
-@pytest.fixture
-def node(cgroup_tree: CgroupTree) -> Iterator[NodePrograms]:
-    """The node's programs, claimed by nobody, on a cgroup of the test's own."""
-    cgroup = cgroup_tree.path / "node"
-    cgroup.mkdir()
-    programs = NodePrograms(BPFFS, cgroup)
-    yield programs
-    for directory in list((BPFFS / "pods").glob("*")):
-        programs.release(directory.name)
-    assert not BPFFS.exists()
-    cgroup.rmdir()
 
 
 def test_nothing_is_left_behind(bed: Bed, pair: tuple[BedPod, BedPod]) -> None:
