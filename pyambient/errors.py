@@ -49,3 +49,22 @@ class NeedsRoot(PyambientError):
 
     def __init__(self, command: str) -> None:
         super().__init__(f"{command} needs root", "run it with sudo")
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a task failed with, without the groups that trio's nurseries put around it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What a program says of the failure that ends it, in one line, and its exit code."""
+    error = root_cause(error)
+    match error:
+        case PyambientError():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            return "interrupted", 130
+    text = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {text}; --debug before the command shows where", 1

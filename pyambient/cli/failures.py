@@ -7,14 +7,7 @@ import sys
 
 import click
 
-from pyambient.errors import PyambientError
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What a task failed with, without the groups that trio's nurseries put around it."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+from pyambient.errors import root_cause, told
 
 
 def report(error: BaseException) -> int:
@@ -28,17 +21,12 @@ def report(error: BaseException) -> int:
             return _fail(_usage_line(error), error.exit_code)
         case click.Abort():
             return _fail("interrupted", 130)
-        case PyambientError():
-            return _fail(str(error), error.exit_code)
         case BrokenPipeError():
             # Whoever read our output has seen enough; nothing can be flushed to it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         case _:
-            text = " ".join(str(error).split()) or "no reason given"
-            return _fail(
-                f"{type(error).__name__}: {text}; --debug before the command shows where", 1
-            )
+            return _fail(*told(error))
 
 
 def _usage_line(error: click.ClickException) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from pyambient.errors import PyambientError
+from pyambient.proxy.settings import ProxySettings
 
 from .options import (
     Invocation,
@@ -67,20 +71,26 @@ def command(  # noqa: PLR0913 - a parameter for each option
         from .children import stop_with  # noqa: PLC0415 - not for --help
 
         stop_with(stop_with_parent)
-    from pyambient.proxy.main import ProxySettings, run  # noqa: PLC0415 - makes sockets
-
-    run_dir = ctx.ensure_object(Invocation).run_dir
-    run(
+    invocation = ctx.ensure_object(Invocation)
+    _become(
         ProxySettings(
-            run_dir=run_dir,
-            ca_dir=ca_dir or run_dir / "ca",
+            run_dir=invocation.run_dir,
+            ca_dir=ca_dir or invocation.run_dir / "ca",
             trust_domain=trust_domain,
             mesh=mesh,
             log_format=log_format,
             log_level=log_level,
             direct=same_node == "direct",
+            debug=invocation.debug,
         )
     )
+
+
+def _become(settings: ProxySettings) -> NoReturn:
+    """Go on in this process, but without what the command line has loaded."""
+    sys.stdout.flush()
+    line = [sys.executable, "-m", "pyambient.proxy", settings.to_json()]
+    os.execv(sys.executable, line)  # noqa: S606 - itself
 
 
 def _join(cgroup: Path | None) -> None:

@@ -16,10 +16,9 @@ import trio
 from pyambient.agent.client import ask
 from pyambient.agent.config import DEFAULT_DRAIN_TIMEOUT, AgentSettings, RunDir
 from pyambient.agent.lock import AgentLock
-from pyambient.errors import PyambientError
+from pyambient.errors import PyambientError, root_cause
 
 from .children import Child, ChildFailed
-from .failures import root_cause
 from .options import (
     Invocation,
     bpf_loader_option,

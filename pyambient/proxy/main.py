@@ -5,8 +5,6 @@ from __future__ import annotations
 import resource
 import signal
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
@@ -24,27 +22,11 @@ from pyambient.observe.sink import LineSink
 from .details_client import serve_details
 from .neighbours import Neighbours
 from .pods import Pods
+from .settings import ProxySettings
 from .worker import Worker
 from .zds_client import serve_zds
 
 _log = get_logger("proxy")
-
-
-@dataclass(frozen=True, slots=True)
-class ProxySettings:
-    """How one proxy process runs; times in seconds.
-
-    `direct`: pods of this proxy reach one another without a tunnel.
-    """
-
-    run_dir: Path
-    ca_dir: Path
-    trust_domain: str
-    mesh: Path | None = None
-    log_format: str = "plain"
-    log_level: str = "info"
-    drain_timeout: float = 5.0
-    direct: bool = False
 
 
 def run(settings: ProxySettings) -> None:

@@ -1,0 +1,39 @@
+"""How a proxy runs, as one value that fits into a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """How one proxy process runs; times in seconds.
+
+    `direct`: pods of this proxy reach one another without a tunnel. `debug`: a failure that ends
+    the process shows its traceback.
+    """
+
+    run_dir: Path
+    ca_dir: Path
+    trust_domain: str
+    mesh: Path | None = None
+    log_format: str = "plain"
+    log_level: str = "info"
+    drain_timeout: float = 5.0
+    direct: bool = False
+    debug: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` made."""
+        fields = json.loads(text)
+        paths = {name: Path(fields[name]) for name in ("run_dir", "ca_dir")}
+        mesh = fields["mesh"]
+        return cls(**{**fields, **paths, "mesh": None if mesh is None else Path(mesh)})
