@@ -58,6 +58,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
             nursery.start_soon(task)
         for pod in settings["pods"]:
             await _serve(pods, pod)
+        await pods.retain(frozenset(pod["name"] for pod in settings["pods"]))
         calm()
         shorten_slices(SLICE)
         sys.stdout.write(_READY)

@@ -22,8 +22,9 @@ Accepted = Callable[[socket.socket, SocketAddress], None]
 
 
 class Listener:
-    """A listening socket; `accepted(socket, peer)` gets each connection, non-blocking.
+    """A listening socket; from `start` on `accepted(socket, peer)` gets connections, non-blocking.
 
+    Those that come before wait in the kernel.
     When descriptors run out it stops accepting for as long as `pause` says: accept(2) would
     report the same connection again at once, and the loop would spin.
     """
@@ -39,7 +40,10 @@ class Listener:
         self._batch = 1
         self.shortages = 0
         sock.setblocking(False)
-        loop.watch(sock.fileno(), self._on_events, IN)
+
+    def start(self) -> None:
+        """Accept from now on."""
+        self._loop.watch(self._sock.fileno(), self._on_events, IN)
 
     def set_mark(self, mark: int) -> None:
         """Give what it accepts from now on this SO_MARK; with 0 the kernel chooses one."""

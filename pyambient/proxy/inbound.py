@@ -99,7 +99,8 @@ class Inbound:
             self._fail(sock, peer, f"identity error: {error}")
         except HandshakeFailed as error:
             self._fail(sock, peer, f"tls error: {error}")
-            await linger(sock)
+            with sock:  # also where the pod ends meanwhile
+                await linger(sock)
         except OSError as error:
             self._fail(sock, peer, f"connection failed: {error.strerror}")
         except BaseException:

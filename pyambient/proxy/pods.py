@@ -7,6 +7,10 @@ the pod and nothing of another. The agent's requests come over two channels: ZDS
 and retain; the details channel, which a foreign agent does not have, says how the pod is
 intercepted, and drain. Listeners are bound before an add is acknowledged.
 
+Nothing is accepted before the agent has named all of its pods: one that is served already would
+take another that is yet to come for no workload of the mesh, and send to it in plain text. What
+connects meanwhile waits.
+
 Draining keeps the order that breaks no connection: stop accepting, GOAWAY on every tunnel so that
 peers open nothing more, wait for the connections that live and for their last bytes to be with the
 peers, then end what is left.
@@ -57,7 +61,10 @@ class Pod:
         self.draining = False
 
     def listen(self) -> None:
-        """Bind the pod's listeners, or none of them; PyambientError if a port is taken."""
+        """Bind the pod's listeners, or none of them; PyambientError if a port is taken.
+
+        They accept nothing before `accept`.
+        """
         worker, netns, ports = self.scope.worker, self.scope.netns, self.scope.details.ports
         handlers = (
             (ports.outbound, Outbound(self.scope, self._pool, self._neighbours).accepted),
@@ -73,6 +80,11 @@ class Pod:
             self._stop_listening()
             raise
         self._be_reached()
+
+    def accept(self) -> None:
+        """Take connections from now on."""
+        for listener in self._listeners:
+            listener.start()
 
     def _be_reached(self) -> None:
         """Let the other pods know by which addresses."""
@@ -206,6 +218,7 @@ class Pods:
         self._neighbours = neighbours
         self._pods: dict[str, Pod] = {}
         self._details: dict[str, PodDetails] = {}
+        self._all_named = False
 
     # zds_client.PodHandler
 
@@ -235,6 +248,8 @@ class Pods:
         pod.listen()
         self._pods[ref.uid] = pod
         self._worker.view.publish(scope.published())
+        if self._all_named:
+            pod.accept()
         _log.info("serving", pod=str(ref), netns=netns.name, backend=details.backend)
         try:
             await pod.run(task_status)
@@ -261,9 +276,13 @@ class Pods:
             self._end(uid, "connection closed due to connection drain")
 
     async def retain(self, uids: frozenset[str]) -> None:
-        """The agent has named all its pods: stop the others."""
+        """The agent has named all its pods: stop the others, and let these accept."""
         for uid in set(self._pods) - uids:
             await self.remove(uid)
+        if not self._all_named:
+            self._all_named = True
+            for pod in self._pods.values():
+                pod.accept()
 
     def _end(self, uid: str, reason: str) -> None:
         pod = self._pods.pop(uid, None)

@@ -59,6 +59,7 @@ def test_a_listener_without_descriptors_pauses_and_does_not_spin():
             short = ShortOfDescriptors(server)
             accepted = []
             listener = Listener(loop, short, lambda sock, _: accepted.append(sock), pause)
+            listener.start()
             with socket.create_connection(server.getsockname()) as client:
                 await until(lambda: listener.shortages >= 3)
                 turns = short.asked
@@ -82,6 +83,7 @@ def test_connections_that_come_at_once_are_all_accepted():
             clients = [socket.create_connection(server.getsockname()) for _ in range(40)]
             accepted = []
             listener = Listener(loop, server, lambda sock, _: accepted.append(sock), pause)
+            listener.start()
             await until(lambda: len(accepted) == 40)
             for sock in (*clients, *accepted):
                 sock.close()

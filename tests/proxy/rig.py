@@ -110,6 +110,7 @@ def proxied(
             nursery.start_soon(worker.run_deadlines)
             nursery.start_soon(certificates.run)
             rig = ProxyRig(worker, nursery, lines)
+            await rig.pods.retain(frozenset())
             with trio.fail_after(30):
                 await test(rig)
             await rig.pods.retain(frozenset())

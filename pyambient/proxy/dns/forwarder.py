@@ -56,6 +56,7 @@ class Forwarder:
         self._datagrams = Datagrams(self._scope)
         sock = sockets.listener(pod.netns, pod.details.ports.dns, netfilter=pod.netfilter)
         self._listener = Listener(worker.loop, sock, self._connections.accepted, worker.shortages)
+        self._listener.start()
 
     @property
     def counters(self) -> Counters:
