@@ -15,12 +15,12 @@
 #include "maps.h"
 #include "selection.h"
 #include "trace_call.h"
+#include "workers.h"
 
 #define SOL_SOCKET	1
 #define SO_BINDTODEVICE	25
 #define SO_MARK		36
 
-DEFINE_LISTENERS;
 DEFINE_PODS;
 DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
@@ -57,12 +57,8 @@ static __always_inline __u32 outbound_port(struct bpf_sock_addr *ctx, __u64 netn
 static __always_inline int has_listener(__u64 netns, __u32 port)
 {
 	struct listener key = { .netns = netns, .port = port };
-	struct bpf_sock *sk = map_lookup(listeners, &key);
 
-	if (!sk)
-		return 0;
-	bpf_sk_release(sk);
-	return 1;
+	return is_served(&key);
 }
 
 /*

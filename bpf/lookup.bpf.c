@@ -14,10 +14,10 @@
 #include "probes.h"
 #include "selection.h"
 #include "trace.h"
+#include "workers.h"
 
 #define NOTE_LIFETIME	5000000	/* ns; a note is read within microseconds, or never */
 
-DEFINE_LISTENERS;
 DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
 DEFINE_UPSTREAMS;
@@ -25,11 +25,34 @@ DEFINE_NOTES;
 DEFINE_PROBES;
 DEFINE_CONSTANTS;
 
+/*
+ * Of both ends, so that a connection's later segments find the listener of its
+ * SYN. Fields of the other family are 0.
+ */
+static __always_inline __u32 hash_ends(struct bpf_sk_lookup *ctx)
+{
+	__u32 words[9], value = ctx->local_port;
+	int i;
+
+	set_ipv6(words, ctx->local_ip6);
+	set_ipv6(words + 4, ctx->remote_ip6);
+	words[3] |= ctx->local_ip4;
+	words[7] |= ctx->remote_ip4;
+	words[8] = bpf_ntohs(ctx->remote_port);
+#pragma unroll
+	for (i = 0; i < 9; i++) {
+		value = (value ^ words[i]) * 0x9e3779b1;
+		value ^= value >> 15;
+	}
+	return value;
+}
+
 /* This very socket: who is root may share its port, and would get a part. */
 static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port, __u32 *decision)
 {
 	struct listener key = { .netns = constant(netns), .port = port };
-	struct bpf_sock *sk = map_lookup(listeners, &key);
+	__u32 count = count_workers(key.netns);
+	struct bpf_sock *sk = find_listener(&key, count > 1 ? hash_ends(ctx) : 0, count);
 	long error;
 
 	*decision = DECISION(EVENT_REFUSED | INWARDS, WHY_NO_LISTENER, port);

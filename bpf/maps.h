@@ -23,6 +23,8 @@
 
 #define LOOPBACK_IFINDEX	1	/* in every network namespace */
 
+#define MAX_WORKERS	16	/* of a proxy; pyambient/model/numbers.py */
+
 /* What a cgroup hook returns: the call goes on, or fails with an errno. */
 #define ALLOW		1
 #define DENY		0
@@ -120,6 +122,9 @@ struct resolver {
 
 /* The proxy's listening sockets; an entry goes away with its socket. */
 #define DEFINE_LISTENERS DEFINE_SOCKHASH(listeners, struct listener, 16384)
+
+/* How many workers the proxy in a pod says it has; without an entry it is one. */
+#define DEFINE_WORKERS DEFINE_HASH(workers, __u64, __u32, 4096)
 
 /* On every socket that the proxy's cgroup made, and on those accepted from them: its netns. */
 #define DEFINE_PROXY_SOCKETS DEFINE_SK_STORAGE(proxy_sockets, __u64, BPF_F_CLONE)

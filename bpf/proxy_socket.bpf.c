@@ -12,6 +12,7 @@
 #include "ports.h"
 
 DEFINE_LISTENERS;
+DEFINE_WORKERS;
 DEFINE_ADDRESSES;
 DEFINE_PROXY_SOCKETS;
 DEFINE_UPSTREAMS;
@@ -33,13 +34,26 @@ int pyamb_sock(struct bpf_sock *sk)
 	return ALLOW;
 }
 
-/* In place of an older one: the proxy that came last gets the connections. */
-static __always_inline void listening(struct bpf_sock_ops *ctx, __u64 netns)
+/*
+ * In place of an older one: the proxy that came last gets the connections. A
+ * worker of several has said so in the socket's priority (proxy/sockets.py): how
+ * many there are, and in the last 8 bits its number. No app can: it has no
+ * socket that comes here.
+ */
+static __always_inline void listening(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 netns)
 {
 	struct listener key = { .netns = netns, .port = swap_port(netns, ctx->local_port) };
+	__u32 said = sk->priority, count = said >> 8;
 
-	if (is_our_port(key.port))
-		bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);
+	if (!is_our_port(key.port))
+		return;
+	if (count > 1 && count <= MAX_WORKERS && (said & 0xff) < count) {
+		key.worker = said & 0xff;
+		map_update(workers, &netns, &count);
+	} else {
+		map_delete(workers, &netns);
+	}
+	bpf_sock_hash_update(ctx, MAP(listeners), &key, BPF_ANY);
 }
 
 /* Noted before the SYN leaves; where that fails the SYN is dropped, not captured. */
@@ -95,7 +109,7 @@ int pyamb_sockops(struct bpf_sock_ops *ctx)
 	if (!netns)
 		return ALLOW;
 	if (ctx->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
-		listening(ctx, *netns);
+		listening(ctx, sk, *netns);
 	if (constant(has_ingress_ifindex))
 		return ALLOW;
 	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB)

@@ -19,6 +19,7 @@
  * the pod translates, as if it came from outside.
  */
 #include "selection.h"
+#include "workers.h"
 
 #define TCP_SEQ		4
 #define TCP_ACK_SEQ	8
@@ -27,7 +28,6 @@
 #define RST_AND_ACK	0x14
 #define LOCALLY_ADMINISTERED	0x02	/* first byte of a link-layer address that no device has */
 
-DEFINE_LISTENERS;
 DEFINE_REDIRECTED;
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
@@ -108,12 +108,8 @@ static __always_inline __u32 outbound_port(const struct connection *ends)
 static __always_inline int has_listener(__u32 port)
 {
 	struct listener key = { .netns = constant(netns), .port = port };
-	struct bpf_sock *sk = map_lookup(listeners, &key);
 
-	if (!sk)
-		return 0;
-	bpf_sk_release(sk);
-	return 1;
+	return is_served(&key);
 }
 
 /* 0 if it cannot be noted: then it must not begin. */

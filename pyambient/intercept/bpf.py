@@ -42,7 +42,7 @@ from .bpf_steps import (
 from .fib import Route, SlotRoute, delivery
 from .guards import guards
 from .interface import Plan, Pod, PodNetwork, Site, Step
-from .listeners import ProxyListeners
+from .listeners import ProxyListeners, WorkerCount
 from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
@@ -97,6 +97,7 @@ class Bpf:
             *reserved(network.ports),
             *(Sysctl(name, "1") for name in sysctls),
             *routing,
+            WorkerCount(self._bpffs, cookie),
             *(OwnAddress(self._bpffs, cookie, ip) for ip in own),
             *(_dns(self._bpffs, cookie, routes) if options.dns else ()),
             *(

@@ -45,7 +45,7 @@ _LOCK_SECONDS: Final = 10.0
 # Whatever decides about a pod tells it by these (bpf/trace.h).
 TRACE_MAPS: Final = ("trace_readers", "trace_rings")
 MAPS: Final = (
-    *("pods", "addresses", "devices", "listeners"),
+    *("pods", "addresses", "devices", "listeners", "workers"),
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
     *("dns_pods", RESOLVERS_MAP),
     *("probe_sockets", "probes", "moved_ports"),

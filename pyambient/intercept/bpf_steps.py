@@ -40,7 +40,7 @@ from .loader import Constants, load
 from .original_dns import RESOLVERS_MAP, slot_key
 
 _LOOKUP_MAPS = (
-    *("addresses", "listeners", "upstreams", "selections", "dns_pods", "probes"),
+    *("addresses", "listeners", "workers", "upstreams", "selections", "dns_pods", "probes"),
     *TRACE_MAPS,
 )
 _LINK_PIN = "sk_lookup"

@@ -38,7 +38,7 @@ from .fence import fence
 from .fib import delivery
 from .guards import guards
 from .interface import Plan, Pod, PodNetwork, Site, Step
-from .listeners import ProxyListeners
+from .listeners import ProxyListeners, WorkerCount
 from .loader import Constants
 from .netns_cookie import netns_cookie
 from .options import DEFAULTS, CaptureOptions
@@ -90,6 +90,7 @@ class Tc:
             *(Sysctl(name, "1") for name in answers),
             *_FOR_ARRIVALS,
             *delivery(network, connects=False),
+            WorkerCount(bpffs, cookie),
             *(OwnAddress(bpffs, cookie, ip) for ip in own),
             *(_FOR_FORWARDING if _forwards(pod.netns) else ()),
             Arrival(bpffs, "lo", cookie),

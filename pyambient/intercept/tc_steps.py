@@ -16,7 +16,7 @@ from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
 
 _SHARED: Final = (
-    *("listeners", "redirected", "selections"),
+    *("listeners", "workers", "redirected", "selections"),
     *("proxy_sockets", "captured_socks", "forwarded"),
     *("dns_pods", "forwarded_dns", "split_dns", "moved_ports"),
     *TRACE_MAPS,

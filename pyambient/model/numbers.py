@@ -66,4 +66,7 @@ QUERIES_IN_FLIGHT: Final = 4096
 QUERY_TIMEOUT: Final = 5.0
 DNS_IDLE_TIMEOUT: Final = 10.0
 
+# Of one proxy (bpf/maps.h).
+MAX_WORKERS: Final = 16
+
 DEFAULT_TRUST_DOMAIN: Final = "cluster.local"

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import secrets
 import socket
 import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 from pyambient.errors import PyambientError
 from pyambient.model.address import SocketAddress, from_sockaddr
@@ -43,7 +46,44 @@ _KEEPALIVE = (
 # may use: below the default ip_local_port_range (32768-60999).
 _SOURCE_PORTS = range(10000, 30000)
 _SOURCE_PORT_TRIES = 64
-_next_source_port = itertools.cycle(_SOURCE_PORTS).__next__
+
+
+class Place(NamedTuple):
+    """Which of the proxy's workers this is."""
+
+    number: int = 0
+    total: int = 1
+
+    @property
+    def priority(self) -> int:
+        """How the BPF programs are told: SO_PRIORITY while listen() is called; 0 for the only one.
+
+        A listener's priority is inherited by what it accepts, so it is none afterwards.
+        """
+        return self.total << 8 | self.number if self.total > 1 else 0
+
+
+ONLY: Final = Place()
+
+
+def _source_ports(place: Place) -> Iterator[int]:
+    """A worker's own, for ever.
+
+    Not from the first on: one that was killed has left connections there that are about to end.
+    """
+    ports = _SOURCE_PORTS[place.number :: place.total]
+    first = secrets.randbelow(len(ports))
+    return itertools.cycle(itertools.chain(ports[first:], ports[:first]))
+
+
+_place = ONLY
+_next_source_port = _source_ports(ONLY).__next__
+
+
+def take_place(place: Place) -> None:
+    """Be that worker from here on: one choice a process, made before its first socket."""
+    global _place, _next_source_port
+    _place, _next_source_port = place, _source_ports(place).__next__
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -78,7 +118,7 @@ def listener(netns: Netns, port: int, *, netfilter: bool) -> socket.socket:
     for family, wildcard in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104 - in the pod
         try:
             mark = listener_mark(netfilter=netfilter)
-            return _listen(netns, family, (wildcard, port), mark)
+            return _listen(netns, family, (wildcard, port), mark, _place.priority)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PyambientError(
@@ -89,7 +129,9 @@ def listener(netns: Netns, port: int, *, netfilter: bool) -> socket.socket:
     raise AssertionError("unreachable")
 
 
-def _listen(netns: Netns, family: int, address: tuple[str, int], mark: int) -> socket.socket:
+def _listen(
+    netns: Netns, family: int, address: tuple[str, int], mark: int, priority: int
+) -> socket.socket:
     sock = netns.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         if mark:
@@ -105,7 +147,11 @@ def _listen(netns: Netns, family: int, address: tuple[str, int], mark: int) -> s
         sock.bind(address)
         # What it accepts has a peer's port as its own: an app's bind() to that port must not fail.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if priority:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
         sock.listen(_BACKLOG)
+        if priority:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)
     except OSError:
         sock.close()
         raise

@@ -29,6 +29,7 @@ from pyambient.model.numbers import (
     RESOLVER_PORT,
 )
 from pyambient.model.ports import WELL_KNOWN
+from pyambient.proxy.sockets import ONLY, Place
 
 from . import nulldns
 from .network import Bed, BedPod
@@ -41,7 +42,7 @@ _IP_TRANSPARENT = 19
 _IPV6_TRANSPARENT = 75
 _CHUNK = 1 << 16
 # Outside ip_local_port_range, so that no upstream tuple meets one of the client's own.
-_source_ports = itertools.cycle(range(10000, 30000))
+_SOURCE_PORTS = range(10000, 30000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +63,20 @@ class NullProxy:
     """The running proxy, seen from the test.
 
     `pods` maps each pod to its backend: original destinations are known by SO_ORIGINAL_DST with
-    those of netfilter, by getsockname with the others.
+    those of netfilter, by getsockname with the others. `place` is that of one worker of several.
     """
 
-    def __init__(self, bed: Bed, pods: Mapping[BedPod, str]) -> None:
+    def __init__(self, bed: Bed, pods: Mapping[BedPod, str], place: Place = ONLY) -> None:
         bed.cgroup.proxy.mkdir(exist_ok=True)
-        self.child = bed.node.spawn(_serve, dict(pods), uid=0, gid=0, cgroup=bed.cgroup.proxy)
+        self.child = bed.node.spawn(
+            _serve, dict(pods), place, uid=0, gid=0, cgroup=bed.cgroup.proxy
+        )
         assert self.child.receive() == "listening"
 
     @classmethod
-    def of(cls, bed: Bed, pods: Iterable[BedPod], backend: str) -> Self:
+    def of(cls, bed: Bed, pods: Iterable[BedPod], backend: str, place: Place = ONLY) -> Self:
         """A proxy for `pods`, all with one backend."""
-        return cls(bed, dict.fromkeys(pods, backend))
+        return cls(bed, dict.fromkeys(pods, backend), place)
 
     def accepted(self) -> list[Interception]:
         """All that reached a listener so far, in order of the outcome."""
@@ -93,20 +96,22 @@ class NullProxy:
         return f"<NullProxy pid {self.child.pid}>"
 
 
-def _serve(channel: Channel, pods: Mapping[BedPod, str]) -> None:
-    trio.run(_Proxy(channel, pods).run)
+def _serve(channel: Channel, pods: Mapping[BedPod, str], place: Place) -> None:
+    trio.run(_Proxy(channel, pods, place).run)
 
 
 class _Proxy:
-    def __init__(self, channel: Channel, pods: Mapping[BedPod, str]) -> None:
+    def __init__(self, channel: Channel, pods: Mapping[BedPod, str], place: Place) -> None:
         self.channel = channel
         self.pods = pods
+        self.place = place
+        self.source_ports = itertools.cycle(_SOURCE_PORTS[place.number :: place.total])
         self.seen: list[Interception] = []
         self.accepting = trio.CancelScope()
 
     async def run(self) -> None:
         listeners = [
-            (pod, _listener(pod, port))
+            (pod, _listener(pod, port, self.place))
             for pod in self.pods
             for port in (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT)
         ]
@@ -171,7 +176,10 @@ class _Proxy:
         failure = errno.ELOOP
         with downstream:
             if original.port not in WELL_KNOWN.loops:
-                upstream = _upstream(pod, original, peer if port == INBOUND_PORT else None)
+                source = None
+                if port == INBOUND_PORT:
+                    source = SocketAddress(peer.ip, next(self.source_ports))
+                upstream = _upstream(pod, original, source)
                 failure = await _connect(upstream, original)
             self.seen.append(Interception(pod.name, port, peer, original, failure))
             if failure:
@@ -181,13 +189,14 @@ class _Proxy:
                 await _relay(downstream, upstream)
 
 
-def _listener(pod: BedPod, port: int) -> trio.socket.SocketType:
+def _listener(pod: BedPod, port: int, place: Place) -> trio.socket.SocketType:
     made = pod.netns.socket(socket.AF_INET6, socket.SOCK_STREAM)
     made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     _make_transparent(made)
     made.bind(("::", port))
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, place.priority)
     made.listen(4096)
     return trio.socket.from_stdlib_socket(made)
 
@@ -219,13 +228,13 @@ def _port(raw: bytes) -> tuple[int]:
 def _upstream(
     pod: BedPod, destination: SocketAddress, source: SocketAddress | None
 ) -> trio.socket.SocketType:
-    """A marked socket in the pod, bound to the client's own address where there is one."""
+    """A marked socket in the pod, bound to `source` where there is one."""
     made = pod.netns.socket(destination.family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, PROXY_MARK)
     if source is not None:
         _make_transparent(made)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(SocketAddress(source.ip, next(_source_ports)).sockaddr())
+        made.bind(source.sockaddr())
     return trio.socket.from_stdlib_socket(made)
 
 
