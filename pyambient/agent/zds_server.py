@@ -7,14 +7,12 @@ fd), then SnapshotSent, then what changes. While two are connected (an upgrade: 
 draining) an Add goes to the newest alone, a Del to all of them; their listeners share the ports
 by SO_REUSEPORT.
 
-A connection has one outstanding message and five seconds for its ack, as in istio-cni. Anything
-out of turn closes it: the proxy goes on serving what it serves, reconnects and gets a snapshot,
-which puts right whatever was half done.
+A connection that fails (`proxy/zds_peer.py`) is closed: the proxy goes on serving what it serves,
+reconnects and gets a snapshot, which puts right whatever was half done.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
@@ -27,84 +25,13 @@ from pyambient.errors import PyambientError
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
-from pyambient.zds.messages import (
-    BUFFER_SIZE,
-    Ack,
-    Add,
-    Del,
-    Hello,
-    Request,
-    SnapshotSent,
-    ZdsError,
-)
-from pyambient.zds.session import AgentSession
+from pyambient.proxy.zds_peer import EXCHANGE_TIMEOUT, ZdsPeer
+from pyambient.zds.messages import Add, Del, SnapshotSent, ZdsError
 
 from .unix_socket import peer_pid, serve
 
-EXCHANGE_TIMEOUT: Final = 5.0
 MAX_PROXIES: Final = 16
 _log = get_logger("zds")
-
-
-class ProxyPeer:
-    """One connected proxy."""
-
-    def __init__(self, connection: trio.socket.SocketType) -> None:
-        self.pid = peer_pid(connection)
-        self.closed = False
-        self.greeted = trio.Event()
-        self.ready = trio.Event()
-        self._connection = connection
-        self._session = AgentSession()
-        self._turn = trio.Lock()
-        self._acks, self._answers = trio.open_memory_channel[Ack](1)
-
-    async def exchange(self, request: Request, netns: Netns | None = None) -> Ack:
-        """Send `request` in its turn and wait for its ack; ZdsError when the connection is over.
-
-        Whatever goes wrong ends the connection: an ack that is missing would be taken for the
-        next request's.
-        """
-        async with self._turn:
-            try:
-                with trio.fail_after(EXCHANGE_TIMEOUT):
-                    await self._send(self._session.request(request), netns)
-                    return await self._answers.receive()
-            except BaseException as error:
-                self.close()
-                if isinstance(error, trio.TooSlowError):
-                    raise ZdsError("it did not answer in time") from None
-                if isinstance(error, (trio.EndOfChannel, trio.ClosedResourceError, OSError)):
-                    raise ZdsError("it hung up") from None
-                raise
-
-    async def _send(self, packet: bytes, netns: Netns | None) -> None:
-        ancillary = []
-        if netns is not None:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [netns.fd]))]
-        await self._connection.sendmsg([packet], ancillary)
-
-    async def receive_all(self) -> None:
-        """Pass on what the proxy says until it hangs up; ZdsError for what is out of turn."""
-        try:
-            while packet := await self._connection.recv(BUFFER_SIZE):
-                match self._session.receive(packet):
-                    case Hello():
-                        self.greeted.set()
-                    case Ack() as ack:
-                        self._acks.send_nowait(ack)
-        except (OSError, trio.ClosedResourceError) as error:
-            raise ZdsError(str(error)) from None
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self.closed = True
-        self._connection.close()
-        self._acks.close()
-
-    def __repr__(self) -> str:
-        return f"<ProxyPeer pid {self.pid} {self._session!r}>"
 
 
 class ZdsServer:
@@ -120,7 +47,7 @@ class ZdsServer:
         introduce: Callable[[int], Awaitable[None]],
         objection: Callable[[int, str, Netns], PyambientError | None] = lambda *_: None,
     ) -> None:
-        self.proxies: list[ProxyPeer] = []
+        self.proxies: list[ZdsPeer] = []
         self._introduce = introduce
         self._objection = objection
         self._pods: dict[str, tuple[PodRef, Netns]] = {}
@@ -136,7 +63,7 @@ class ZdsServer:
         await serve(path, kind, MAX_PROXIES, self._serve_proxy, task_status=task_status)
 
     async def _serve_proxy(self, connection: trio.socket.SocketType) -> None:
-        peer = ProxyPeer(connection)
+        peer = ZdsPeer(connection, peer_pid(connection))
         self.proxies.append(peer)
         try:
             async with trio.open_nursery() as nursery:
@@ -151,7 +78,7 @@ class ZdsServer:
             self.proxies.remove(peer)
             peer.close()
 
-    async def _greet(self, peer: ProxyPeer) -> None:
+    async def _greet(self, peer: ZdsPeer) -> None:
         """The snapshot; what goes wrong with a pod in it is logged, the others go on."""
         with trio.move_on_after(EXCHANGE_TIMEOUT) as waiting:
             await peer.greeted.wait()
@@ -168,12 +95,12 @@ class ZdsServer:
         # Until now a pod could go to an older proxy alone.
         await self._name_all(peer, named)
 
-    async def _name_all(self, peer: ProxyPeer, named: set[str]) -> None:
+    async def _name_all(self, peer: ZdsPeer, named: set[str]) -> None:
         while missing := [uid for uid in self._pods if uid not in named]:
             named.add(missing[0])
             await self._name(peer, *self._pods[missing[0]])
 
-    async def _name(self, peer: ProxyPeer, pod: PodRef, netns: Netns) -> None:
+    async def _name(self, peer: ZdsPeer, pod: PodRef, netns: Netns) -> None:
         objection = self._objection(peer.pid, pod.uid, netns)
         if objection is not None:
             _log.error("a pod is not served", pod=str(pod), error=str(objection))
@@ -202,7 +129,7 @@ class ZdsServer:
         """Have proxies that connect from now on serve the pod."""
         self._pods[pod.uid] = (pod, netns)
 
-    async def add(self, pod: PodRef, netns: Netns, patience: float) -> ProxyPeer:
+    async def add(self, pod: PodRef, netns: Netns, patience: float) -> ZdsPeer:
         """Have the newest proxy serve the pod; return it when its listeners are bound.
 
         Waits up to `patience` seconds for a proxy. A PyambientError means that none serves it.
@@ -227,7 +154,7 @@ class ZdsServer:
             "start one with 'pyambient proxy' or 'pyambient up'",
         )
 
-    async def newest(self, deadline: float) -> ProxyPeer | None:
+    async def newest(self, deadline: float) -> ZdsPeer | None:
         """The proxy that connected last and has its snapshot; None if there is none in time."""
         with trio.move_on_at(deadline):
             while True:

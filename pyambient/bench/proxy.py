@@ -71,7 +71,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
 async def _serve(pods: Pods, pod: dict[str, Any]) -> None:
     name = pod["name"]
     dns = DnsCapture(**pod["dns"]) if "dns" in pod else None
-    pods.describe(name, PodDetails(pod["backend"], tuple(pod["addresses"]), dns=dns))
+    await pods.describe(name, PodDetails(pod["backend"], tuple(pod["addresses"]), dns=dns))
     netns = Netns.open(f"fd:{pod['fd']}")
     await pods.add(PodRef(name, name, pod["namespace"], name), netns)
 

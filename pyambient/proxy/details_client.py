@@ -7,6 +7,7 @@ them. A lost connection cancels it; the agent that returns asks again.
 from __future__ import annotations
 
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -38,7 +39,7 @@ _log = get_logger("details")
 class DetailsHandler(Protocol):
     """What answers the agent's questions; a PyambientError or OSError is the answer's error."""
 
-    def describe(self, uid: str, details: PodDetails) -> None:
+    async def describe(self, uid: str, details: PodDetails) -> None:
         """Note how the pod is intercepted, before its ZDS add and whenever that changes."""
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109  the agent's number, waited out by the proxy
@@ -47,11 +48,16 @@ class DetailsHandler(Protocol):
     async def settle(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109  as in drain
         """Wait up to `timeout` seconds for the present connections to end; those left."""
 
-    def status(self, uid: str) -> dict[str, Any]:
+    async def status(self, uid: str) -> dict[str, Any]:
         """What to show about the pod, as JSON values."""
 
-    def explain(self, question: Explain) -> dict[str, Any] | None:
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
         """What would happen to a connection, as JSON values; None for a pod that is not served."""
+
+
+async def answer_details(connection: trio.socket.SocketType, handler: DetailsHandler) -> bool:
+    """Answer the agent at the other end until the connection ends; whether it asked anything."""
+    return await _Conversation(connection, handler).run()
 
 
 async def serve_details(
@@ -62,11 +68,7 @@ async def serve_details(
 ) -> None:
     """Answer the agent that listens at `path`, for ever; started at once, connected or not."""
     task_status.started()
-
-    async def converse(connection: trio.socket.SocketType) -> bool:
-        return await _Conversation(connection, handler).run()
-
-    await keep_connected(path, converse)
+    await keep_connected(path, partial(answer_details, handler=handler))
 
 
 class _Conversation:
@@ -119,12 +121,12 @@ class _Conversation:
     async def _result(self, question: Question) -> Any:
         match question:
             case Describe(uid, details):
-                return self._handler.describe(uid, details)
+                return await self._handler.describe(uid, details)
             case Drain(uid, timeout):
                 return await self._handler.drain(uid, timeout)
             case Settle(uid, timeout):
                 return await self._handler.settle(uid, timeout)
             case Status(uid):
-                return self._handler.status(uid)
+                return await self._handler.status(uid)
             case Explain():
-                return self._handler.explain(question)
+                return await self._handler.explain(question)

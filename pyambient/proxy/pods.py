@@ -295,7 +295,7 @@ class Pods:
 
     # details_client.DetailsHandler
 
-    def describe(self, uid: str, details: PodDetails) -> None:
+    async def describe(self, uid: str, details: PodDetails) -> None:
         """Note how a pod is intercepted, before its add and whenever that changes."""
         self._details[uid] = details
         pod = self._pods.get(uid)
@@ -313,11 +313,11 @@ class Pods:
         pod = self._pods.get(uid)
         return 0 if pod is None else await pod.settle(timeout)
 
-    def status(self, uid: str) -> dict[str, Any]:
+    async def status(self, uid: str) -> dict[str, Any]:
         pod = self._pods.get(uid)
         return {} if pod is None else pod.status()
 
-    def explain(self, question: Explain) -> dict[str, Any] | None:
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
         """What would happen to a connection of or to a pod."""
         pod = self._pods.get(question.uid)
         return None if pod is None else explain(pod.scope, question, self._neighbours).to_json()

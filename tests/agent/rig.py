@@ -331,7 +331,7 @@ class _SmallProxy:
         if uid in self._forwarders:
             self._forwarders.pop(uid).close()
 
-    def describe(self, uid: str, details: PodDetails) -> None:
+    async def describe(self, uid: str, details: PodDetails) -> None:
         self._calls.append(f"describe {uid} {details.backend} {' '.join(details.addresses)}")
         self._details[uid] = details
         if uid in self._forwarders:
@@ -347,10 +347,10 @@ class _SmallProxy:
         await self.drained.wait()
         return 0
 
-    def status(self, uid: str) -> dict[str, Any]:
+    async def status(self, uid: str) -> dict[str, Any]:
         return {"listeners": len(self._listeners.get(uid, ()))}
 
-    def explain(self, question: Explain) -> dict[str, Any] | None:
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
         """Nothing: a proxy that decides about no connection."""
         self._calls.append(f"explain {question.uid} {question.to}")
         return None

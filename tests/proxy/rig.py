@@ -44,7 +44,7 @@ class ProxyRig:
 
     async def serve(self, pod: BedPod) -> None:
         addresses = tuple(ip for ip in (pod.ipv4, pod.ipv6) if ip)
-        self.pods.describe(pod.name, PodDetails("bpf", addresses))
+        await self.pods.describe(pod.name, PodDetails("bpf", addresses))
         await self.pods.add(self.ref(pod), Netns.open(pod.name))
 
     @staticmethod

@@ -51,7 +51,7 @@ class Handler:
     async def retain(self, uids: frozenset[str]) -> None:
         self.calls.append(f"retain {sorted(uids)}")
 
-    def describe(self, uid: str, details: PodDetails) -> None:
+    async def describe(self, uid: str, details: PodDetails) -> None:
         self.calls.append(f"describe {uid} {details.backend}")
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the protocol's
@@ -60,10 +60,10 @@ class Handler:
             await trio.sleep_forever()
         return 3
 
-    def status(self, uid: str) -> dict[str, Any]:
+    async def status(self, uid: str) -> dict[str, Any]:
         raise PyambientError(f"no pod {uid}")
 
-    def explain(self, question: Explain) -> dict[str, Any] | None:
+    async def explain(self, question: Explain) -> dict[str, Any] | None:
         raise PyambientError(f"no pod {question.uid}")
 
 
