@@ -11,12 +11,18 @@ The queue is bounded. ztunnel lets a full one hold up its connections; here they
 with everything else, so lines are dropped instead, counted, and a warning in the log says how many
 are missing as soon as the sink takes lines again. A sink that fails (its reader is gone) drops
 lines too: traffic does not depend on the log.
+
+Several processes may write to one sink, the agent's and the workers'. A pipe keeps apart what is
+written in pieces of at most PIPE_BUF bytes (pipe(7)), so pieces are whole lines of no more than
+that together. A line that is longer is a piece by itself, which another's may get into.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import threading
+from collections.abc import Iterable, Iterator
 
 import trio
 
@@ -97,15 +103,16 @@ class LineSink:
         with self._writing:
             missing = self.dropped - self._reported
             notice = [self._notice(missing)] if missing else []
-            text = "".join(f"{line}\n" for line in (*lines, *notice))
+            encoded = (f"{line}\n".encode(errors="backslashreplace") for line in (*lines, *notice))
             try:
-                self._write_all(text.encode(errors="backslashreplace"))
+                for piece in _pieces(encoded):
+                    self._write_all(piece)
             except OSError:
                 self._unwritten += len(lines)
             else:
                 self._reported += missing
 
-    def _write_all(self, text: bytes) -> None:
+    def _write_all(self, text: bytearray) -> None:
         view = memoryview(text)
         while view:
             view = view[os.write(self._fd, view) :]
@@ -116,3 +123,14 @@ class LineSink:
 
     def __repr__(self) -> str:
         return f"<LineSink fd {self._fd}, {len(self._lines)} queued, {self.dropped} dropped>"
+
+
+def _pieces(lines: Iterable[bytes]) -> Iterator[bytearray]:
+    """The lines, as many together as a pipe takes at once."""
+    piece = bytearray()
+    for line in lines:
+        if piece and len(piece) + len(line) > select.PIPE_BUF:
+            yield piece
+            piece = bytearray()
+        piece += line
+    yield piece

@@ -262,3 +262,20 @@ def test_notice_in_json(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     play(sink, scenario)
     _, notice = os.read(pipe.reading, 1000).decode().splitlines()
     assert json.loads(notice)["lines"] == 2
+
+
+def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
+    """Each writes batches that are larger than the pipe, and the reader is slower than they are."""
+    names, count = ("a", "b", "c"), 2000
+    pids = []
+    for name in names:
+        if (pid := os.fork()) == 0:
+            LineSink(pipe.writing)._write([name * (200 + number % 700) for number in range(count)])
+            os._exit(0)
+        pids.append(pid)
+    pipe.close(pipe.writing)
+    with os.fdopen(os.dup(pipe.reading), "rb") as reader:
+        lines = reader.read().splitlines()
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
+    assert len(lines) == len(names) * count
+    assert [line for line in lines if len(set(line)) != 1] == []
