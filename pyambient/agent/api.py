@@ -143,7 +143,7 @@ class Api:
         enrolled = self._enrolments.lookup(_text(request, "netns"))
         # A handle of its own: the pod may be freed, and its handle closed, meanwhile.
         with enrolled.netns.duplicate() as netns:
-            pids = self._proxies.pids
+            pids = await self._proxies.serving(enrolled.uid)
             checks = await trio.to_thread.run_sync(verify, enrolled.record, netns, pids)
         return [dataclasses.asdict(check) for check in checks]
 

@@ -53,6 +53,12 @@ class Proxies:
         """The proxies that know all pods, the newest last."""
         return [peer.pid for peer in self._zds.proxies if peer.ready.is_set()]
 
+    async def serving(self, uid: str) -> list[int]:
+        """All processes that may have the pod's listeners: the proxies, and workers of theirs."""
+        status = await self._details.status(uid) or {}
+        workers = [worker["pid"] for worker in status.get("workers", ())]
+        return [*self.pids, *filter(None, workers)]
+
     async def present(self, patience: float) -> bool:
         """Wait up to `patience` s until a proxy knows all pods; whether one does."""
         return await self._zds.newest(trio.current_time() + patience) is not None

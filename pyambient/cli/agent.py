@@ -61,7 +61,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
 
     require_root("agent")
     if stop_with_parent is not None:
-        from .children import stop_with  # noqa: PLC0415 - not for --help
+        from pyambient.children import stop_with  # noqa: PLC0415 - not for --help
 
         stop_with(stop_with_parent)
     configure(log_format, log_level)

@@ -12,6 +12,7 @@ import click
 
 from pyambient.agent.config import DEFAULT_RUN_DIR, MAX_DRAIN_TIMEOUT
 from pyambient.errors import NeedsRoot, UsageError
+from pyambient.model.numbers import MAX_WORKERS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -83,6 +84,13 @@ same_node_option = click.option(
     default="hbone",
     show_default=True,
     help="How pods of this node reach one another: by a tunnel, or without TLS inside the proxy.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    default=1,
+    show_default=True,
+    help="How many processes the proxy serves the pods with.",
 )
 bpf_loader_option = click.option(
     "--bpf-loader",

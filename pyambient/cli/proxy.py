@@ -26,6 +26,7 @@ from .options import (
     same_node_option,
     stop_with_parent_option,
     trust_domain_option,
+    workers_option,
 )
 
 
@@ -33,6 +34,7 @@ from .options import (
     "proxy",
     epilog=examples(
         "pyambient proxy",
+        "pyambient proxy --workers 4",
         "pyambient --run-dir /run/demo proxy --cgroup /sys/fs/cgroup/demo --mesh mesh.yaml",
     ),
 )
@@ -41,6 +43,7 @@ from .options import (
 @ca_dir_option
 @trust_domain_option
 @same_node_option
+@workers_option
 @log_format_option
 @log_level_option
 @stop_with_parent_option
@@ -55,6 +58,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
     ca_dir: Path | None,
     trust_domain: str,
     same_node: str,
+    workers: int,
     log_format: str,
     log_level: str,
     stop_with_parent: int | None,
@@ -68,7 +72,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
     # A socket belongs for life to the cgroup it was made in, so this comes before all else.
     _join(existing_cgroup(cgroup))
     if stop_with_parent is not None:
-        from .children import stop_with  # noqa: PLC0415 - not for --help
+        from pyambient.children import stop_with  # noqa: PLC0415 - not for --help
 
         stop_with(stop_with_parent)
     invocation = ctx.ensure_object(Invocation)
@@ -81,6 +85,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
             log_format=log_format,
             log_level=log_level,
             direct=same_node == "direct",
+            workers=workers,
             debug=invocation.debug,
         )
     )

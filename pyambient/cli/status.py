@@ -50,7 +50,13 @@ def command(ctx: click.Context, /, *, output: str) -> None:
     for line in table([_row(pod) for pod in status["pods"]], list(_COLUMNS)):
         click.echo(line)
     pods = status["pods"]
-    for line in (*_choices(pods), *moved_lines(pods), *existing_lines(pods), *_leaks(pods)):
+    for line in (
+        *_workers(pods),
+        *_choices(pods),
+        *moved_lines(pods),
+        *existing_lines(pods),
+        *_leaks(pods),
+    ):
         click.echo(line)
     if status["agent"] and not status["proxies"]:
         click.echo("note: no proxy is connected; what the pods send is refused", err=True)
@@ -70,6 +76,20 @@ def _recorded(run_dir: RunDir) -> dict[str, Any]:
         with find(record.netns) or contextlib.nullcontext() as netns:
             pods.append({**describe(record), "guard": describe_leaks(record, netns, Leaks())})
     return {"agent": None, "proxies": [], "pods": pods}
+
+
+def _workers(pods: list[dict[str, Any]]) -> Iterator[str]:
+    """The proxy's workers, if it has several: the same in each pod but for their connections."""
+    counted: dict[int, int] = {}
+    pids: dict[int, int | None] = {}
+    for pod in pods:
+        for worker in (pod.get("proxy") or {}).get("workers", ()):
+            number = worker["number"]
+            pids[number] = worker["pid"]
+            counted[number] = counted.get(number, 0) + worker["connections"]
+    for number, pid in pids.items():
+        running = f"pid {pid}, connections: {counted[number]}" if pid else "not running"
+        yield f"worker {number}: {running}"
 
 
 def _choices(pods: list[dict[str, Any]]) -> Iterator[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +18,9 @@ import trio
 from pyambient.agent.client import ask
 from pyambient.agent.config import DEFAULT_DRAIN_TIMEOUT, AgentSettings, RunDir
 from pyambient.agent.lock import AgentLock
+from pyambient.children import Child, ChildFailed, start
 from pyambient.errors import PyambientError, root_cause
 
-from .children import Child, ChildFailed
 from .options import (
     Invocation,
     bpf_loader_option,
@@ -35,6 +37,7 @@ from .options import (
     require_root,
     same_node_option,
     trust_domain_option,
+    workers_option,
 )
 
 _STOP_PATIENCE: Final = 10.0
@@ -52,6 +55,7 @@ class _Settings:
     ca_dir: Path | None
     trust_domain: str
     same_node: str
+    workers: int
     log_format: str
     log_level: str
     drain_timeout: float
@@ -72,6 +76,7 @@ class _Settings:
             *self._common("proxy"),
             f"--trust-domain={self.trust_domain}",
             f"--same-node={self.same_node}",
+            f"--workers={self.workers}",
             *given,
         ]
 
@@ -101,6 +106,7 @@ class _Settings:
 @ca_dir_option
 @trust_domain_option
 @same_node_option
+@workers_option
 @log_format_option
 @log_level_option
 @drain_timeout_option(DEFAULT_DRAIN_TIMEOUT)
@@ -148,8 +154,8 @@ def _remove_proxy_cgroup(settings: _Settings) -> None:
 async def _run(settings: _Settings) -> None:
     """Keep both children running until a signal asks to stop."""
     ready = trio.Event()
-    agent = Child("agent", settings.agent(), _STOP_PATIENCE, ready)
-    proxy = Child("proxy", settings.proxy(), _STOP_PATIENCE, ready)
+    agent = _child("agent", settings.agent(), ready)
+    proxy = _child("proxy", settings.proxy(), ready)
     async with trio.open_nursery() as signal_handling:
         async with trio.open_nursery() as nursery:
             children = (agent, proxy)
@@ -158,6 +164,12 @@ async def _run(settings: _Settings) -> None:
             nursery.start_soon(proxy.keep_running)
             nursery.start_soon(_announce, RunDir(settings.run_dir), agent, proxy, ready)
         signal_handling.cancel_scope.cancel()
+
+
+def _child(name: str, words: list[str], ready: trio.Event) -> Child:
+    """A command of pyambient in a process of its own."""
+    begin = partial(start, [sys.executable, "-m", "pyambient", *words])
+    return Child(name, begin, _STOP_PATIENCE, ready, partial(click.echo, err=True))
 
 
 async def _obey_signals(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,19 +33,27 @@ class _Settings:
     layout: Layout = plain_line
     level: int = LEVELS["info"]
     emit: Emit = _to_stderr
+    common: Mapping[str, Any] = field(default_factory=dict)
 
 
 _settings = _Settings()
 
 
-def configure(log_format: str, level: str = "info", emit: Emit = _to_stderr) -> None:
+def configure(
+    log_format: str,
+    level: str = "info",
+    emit: Emit = _to_stderr,
+    common: Mapping[str, Any] | None = None,
+) -> None:
     """Set layout, least level and receiver of all lines; loggers made before follow.
 
-    UsageError for a format or level that does not exist.
+    `common` are fields that every line begins with. UsageError for a format or level that does not
+    exist.
     """
     _settings.layout = layout_of(log_format)
     _settings.level = level_number(level)
     _settings.emit = emit
+    _settings.common = common or {}
     _bound.cache_clear()
 
 
@@ -99,7 +107,7 @@ def _bound(scope: str) -> FilteringBoundLogger:
 def _render(scope: str, _logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
     level = {"warning": "warn", "critical": "error"}.get(method, method)
     message = str(event.pop("event", ""))
-    return _settings.layout(level, scope, message, event)
+    return _settings.layout(level, scope, message, {**_settings.common, **event})
 
 
 class _Receiver:

@@ -15,6 +15,7 @@ a line for each refusal would be the next flood.
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from collections import Counter, OrderedDict
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyambient.engine.reservoir import Reservoir
+from pyambient.model.numbers import QUERIES_IN_FLIGHT
 from pyambient.observe.logs import get_logger
 from pyambient.observe.seldom import Seldom
 
@@ -53,16 +55,27 @@ class Limits:
     total_rate: float = 400.0
     buffered: int = 512 << 20
     pod_buffered: int = 128 << 20
+    queries: int = QUERIES_IN_FLIGHT
 
     @property
     def pod_descriptors(self) -> int:
         return self.descriptors * 3 // 4
 
     @classmethod
-    def of_process(cls) -> Limits:
-        """As many descriptors as this process may open."""
+    def of_process(cls, workers: int = 1) -> Limits:
+        """As many descriptors as this process may open.
+
+        What takes the node's memory is divided among the workers. What takes the time or the
+        descriptors of a process is each worker's own.
+        """
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return cls(max(soft - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS))
+        whole = cls(max(soft - _OTHER_DESCRIPTORS, _OTHER_DESCRIPTORS))
+        return dataclasses.replace(
+            whole,
+            buffered=whole.buffered // workers,
+            pod_buffered=whole.pod_buffered // workers,
+            queries=whole.queries // workers,
+        )
 
 
 class Bucket:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """How one proxy process runs; times in seconds.
+    """How a proxy runs; times in seconds.
 
     `direct`: pods of this proxy reach one another without a tunnel. `debug`: a failure that ends
     the process shows its traceback.
@@ -25,6 +26,7 @@ class ProxySettings:
     log_level: str = "info"
     drain_timeout: float = 5.0
     direct: bool = False
+    workers: int = 1
     debug: bool = False
 
     def to_json(self) -> str:
@@ -37,3 +39,21 @@ class ProxySettings:
         paths = {name: Path(fields[name]) for name in ("run_dir", "ca_dir")}
         mesh = fields["mesh"]
         return cls(**{**fields, **paths, "mesh": None if mesh is None else Path(mesh)})
+
+
+class Seat(NamedTuple):
+    """What one worker of several is told: its number, its parent's pid, its two connections."""
+
+    number: int
+    parent: int
+    zds: int
+    details: int
+
+    def words(self) -> list[str]:
+        """For the command line, behind the settings."""
+        return [str(number) for number in self]
+
+    @classmethod
+    def from_words(cls, words: Sequence[str]) -> Self | None:
+        """What `words` made; None for a proxy that has no parent."""
+        return cls(*map(int, words)) if words else None

@@ -23,7 +23,6 @@ from pyambient.model.numbers import (
     CONNECT_TIMEOUT,
     DNS_IDLE_TIMEOUT,
     OWN_WORKLOAD_TIMEOUT,
-    QUERIES_IN_FLIGHT,
     QUERY_TIMEOUT,
 )
 from pyambient.model.policy import ConnectionFacts
@@ -72,7 +71,7 @@ class Worker:
         self.shortages = Deadlines(_SHORTAGE_PAUSE)
         self.queries = Deadlines(QUERY_TIMEOUT)
         self.dns_idle = Deadlines(DNS_IDLE_TIMEOUT)
-        self.query_budget = Budget(QUERIES_IN_FLIGHT)
+        self.query_budget = Budget(self.budgets.limits.queries)
 
     async def run_deadlines(self) -> None:
         """Expire what is overdue, forever."""

@@ -34,6 +34,7 @@ from pyambient.zds.session import ProxySession
 FIRST_RETRY: Final = 0.02
 LAST_RETRY: Final = 15.0
 PENDING_RETRY: Final = 5.0
+START_FAILURE: Final = "failure to start proxy : "
 # More than one is an error already; room for a few lets us close what was passed.
 _DESCRIPTOR_ROOM: Final = 8
 _log = get_logger("zds")
@@ -72,7 +73,15 @@ async def serve_zds(
 ) -> None:
     """Obey the agent that listens at `path`, for ever; started at once, connected or not."""
     task_status.started()
-    await keep_connected(path, ZdsClient(handler).converse)
+    client = ZdsClient(handler)
+
+    async def converse(connection: trio.socket.SocketType) -> bool:
+        _log.info("connected to the agent")
+        heard = await client.converse(connection)
+        _log.info("the agent is gone; its pods go on being served")
+        return heard
+
+    await keep_connected(path, converse)
 
 
 async def keep_connected(
@@ -108,7 +117,6 @@ class ZdsClient:
 
     async def converse(self, connection: trio.socket.SocketType) -> bool:
         """Obey the agent at the other end until the connection ends; whether it said anything."""
-        _log.info("connected to the agent")
         session = ProxySession()
         try:
             async with trio.open_nursery() as nursery:
@@ -117,8 +125,6 @@ class ZdsClient:
                 nursery.cancel_scope.cancel()
         except* (ZdsError, OSError) as errors:
             _log.error("lost the agent", error="; ".join(map(str, errors.exceptions)))
-        else:
-            _log.info("the agent closed the connection; its pods go on being served")
         finally:
             self._forget_pending(list(self._pending))
         return session.heard
@@ -140,7 +146,7 @@ class ZdsClient:
             _check_whole(received)
             netns = _netns(request, received.descriptors)
         except PyambientError as error:
-            return f"failure to start proxy : {error}"
+            return f"{START_FAILURE}{error}"
         finally:
             _close(received.descriptors)
         async with self._turn:
@@ -167,7 +173,7 @@ class ZdsClient:
             await self._remove(pod.uid)
         self._forget_pending([pod.uid])
         error = await self._start(pod, netns)
-        return f"failure to start proxy : {error}" if error else ""
+        return f"{START_FAILURE}{error}" if error else ""
 
     async def _start(self, pod: PodRef, netns: Netns) -> str:
         """Have the pod served, or note it for another try; what went wrong, or nothing."""

@@ -107,6 +107,7 @@ def test_killed_it_takes_its_children_along(mesh: Mesh) -> None:
     assert mesh.status()["proxies"] != []
 
 
+@pytest.mark.parametrize("options", [(), ("--workers=2",)])
 @pytest.mark.parametrize(
     ("mesh_file", "words"),
     [
@@ -115,10 +116,10 @@ def test_killed_it_takes_its_children_along(mesh: Mesh) -> None:
     ],
 )
 def test_what_cannot_start_is_not_tried_again(
-    bed: Bed, tmp_path: Path, mesh_file: str, words: str
+    bed: Bed, tmp_path: Path, mesh_file: str, words: str, options: tuple[str, ...]
 ) -> None:
     """A malformed mesh file ends `up` with the line of the child that could not use it."""
-    mesh = Mesh(bed, tmp_path)
+    mesh = Mesh(bed, tmp_path, options=options)
     mesh.mesh_file.write_text(mesh_file)
     try:
         with pytest.raises(AssertionError, match="up ended early"):

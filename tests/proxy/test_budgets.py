@@ -71,6 +71,15 @@ def test_a_pod_leaves_descriptors_to_the_others(budgets):
     assert budgets.refused == {DESCRIPTORS: 2}
 
 
+def test_workers_divide_what_takes_memory():
+    """Not what is a process's own, its descriptors and its time."""
+    one, quarter = Limits.of_process(), Limits.of_process(4)
+    for name in ("buffered", "pod_buffered", "queries"):
+        assert getattr(quarter, name) == getattr(one, name) // 4
+    for name in ("descriptors", "pod_descriptors", "handshakes", "source_burst", "total_rate"):
+        assert getattr(quarter, name) == getattr(one, name)
+
+
 def test_a_source_begins_so_many_handshakes_and_then_so_many_a_second(budgets, clock):
     """After its burst a peer is refused until time has passed; another peer is not."""
     pod = budgets.pod("pod")

@@ -1,4 +1,4 @@
-"""The processes of `pyambient up`: started, watched, started again, stopped.
+"""Supervised processes: started, watched, started again, stopped.
 
 A child ends with its parent, even if that is killed: it asks the kernel for a signal at the
 parent's death (PR_SET_PDEATHSIG), which counts the death of the *thread* that forked it. Children
@@ -11,12 +11,10 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import click
 import trio
 
 FIRST_DELAY: Final = 0.5
@@ -33,8 +31,18 @@ def stop_with(parent: int) -> None:
         raise SystemExit(0)
 
 
+def start(line: Sequence[str], pass_fds: Collection[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own.
+
+    Ctrl-C is for the parent, which stops the children in peace.
+    """
+    return subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=tuple(pass_fds)
+    )
+
+
 class ChildFailed(Exception):
-    """A child ended before `up` was ready; it has said why."""
+    """A child ended before its parent was ready; it has said why."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -43,12 +51,16 @@ class ChildFailed(Exception):
 
 @dataclass(eq=False)
 class Child:
-    """One command of pyambient in a process of its own; `patience` s after SIGTERM it is killed."""
+    """One command, which `begin` starts; `patience` s after SIGTERM it is killed.
+
+    `say` is given a line when it has ended and is about to be started again.
+    """
 
     name: str
-    arguments: Sequence[str]
+    begin: Callable[[], subprocess.Popen[bytes]]
     patience: float
     ready: trio.Event
+    say: Callable[[str], None]
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     async def keep_running(self) -> None:
@@ -61,18 +73,13 @@ class Child:
                 raise ChildFailed(code)
             if trio.current_time() - began > LASTING:
                 delay = FIRST_DELAY
-            click.echo(f"the {self.name} {_ending(code)}; next start in {delay:g} s", err=True)
+            self.say(f"the {self.name} {_ending(code)}; next start in {delay:g} s")
             await trio.sleep(delay)
             delay = min(delay * 2, LAST_DELAY)
 
     async def _run(self) -> int:
         """Run the command once; its return code. Cancelled, it is told to stop and waited for."""
-        line = [sys.executable, "-m", "pyambient", *self.arguments]
-        # A session of its own: Ctrl-C is for the parent, which stops the children in peace.
-        process = subprocess.Popen(  # noqa: ASYNC220 - in this very thread, see above
-            line, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        self.process = process
+        process = self.process = self.begin()  # in this very thread, see above
         try:
             await _ended(process)
         finally:
