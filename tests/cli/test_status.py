@@ -70,6 +70,7 @@ def test_the_json_twin(run_dir: Path) -> None:
         "state": "enrolled",
         "addresses": ["10.0.0.2", "fd00::2"],
         "options": CaptureOptions().to_json(),
+        "ports": {"outbound": 15001, "inbound": 15006, "hbone": 15008, "dns": 15053},
         "guard": None,
     }
 
