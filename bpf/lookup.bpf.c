@@ -48,22 +48,18 @@ static __always_inline __u32 hash_ends(struct bpf_sk_lookup *ctx)
 }
 
 /* This very socket: who is root may share its port, and would get a part. */
-static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port, __u32 *decision)
+static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
 {
 	struct listener key = { .netns = constant(netns), .port = port };
 	__u32 count = count_workers(key.netns);
 	struct bpf_sock *sk = find_listener(&key, count > 1 ? hash_ends(ctx) : 0, count);
 	long error;
 
-	*decision = DECISION(EVENT_REFUSED | INWARDS, WHY_NO_LISTENER, port);
 	if (!sk)
 		return SK_DROP;
 	error = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	bpf_sk_release(sk);
-	if (error)
-		return SK_DROP;
-	*decision = DECISION(EVENT_STEERED | INWARDS, 0, port);
-	return SK_PASS;
+	return error ? SK_DROP : SK_PASS;
 }
 
 /* Both are free of padding: words of 8 bytes say it all. */
@@ -105,19 +101,31 @@ static __always_inline int is_opening_probe(struct bpf_sk_lookup *ctx, const __u
 	return map_lookup(probes, &key) != NULL;
 }
 
-/* HBONE is the mesh's own way in, whatever the pod's selection says. */
+static __always_inline int to_listener(__u32 port, __u32 *decision)
+{
+	*decision = DECISION(EVENT_STEERED | INWARDS, 0, port);
+	return port;
+}
+
+/*
+ * What is judged below has a verdict (SK_DROP, SK_PASS), or goes to the listener
+ * for the port that is returned. That is looked for in one place, at the end:
+ * the verifier walks through its loop as often as it stands here.
+ *
+ * HBONE is the mesh's own way in, whatever the pod's selection says.
+ */
 static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *local,
 						const __u32 *remote, __u32 *decision)
 {
 	if (ctx->local_port == HBONE_PORT)
-		return steer_to(ctx, HBONE_PORT, decision);
+		return to_listener(HBONE_PORT, decision);
 	*decision = DECISION(EVENT_EXCLUDED | INWARDS, 0, 0);
 	if (is_excluded(constant(netns), INBOUND, remote, ctx->local_port))
 		return SK_PASS;
 	*decision = DECISION(EVENT_PROBE | INWARDS, 0, 0);
 	if (is_opening_probe(ctx, local, remote))
 		return SK_PASS;
-	return steer_to(ctx, INBOUND_PORT, decision);
+	return to_listener(INBOUND_PORT, decision);
 }
 
 static __always_inline void set_ends(struct connection *syn, struct bpf_sk_lookup *ctx,
@@ -198,12 +206,10 @@ static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const __u32 *
 static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct address *local,
 				    const struct address *remote, int from_pod)
 {
-	__u32 untold;
-
 	if (is_loopback(local->ip))
 		return SK_PASS;
 	if (from_pod || is_forwarded(ctx, local->ip, remote->ip))
-		return steer_to(ctx, outbound_port(ctx), &untold);
+		return outbound_port(ctx);
 	return SK_DROP;
 }
 
@@ -251,7 +257,7 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct address local = { .netns = constant(netns) };
 	struct address remote = { .netns = constant(netns) };
-	__u32 decision = 0;
+	__u32 decision = 0, port;
 	int verdict;
 
 	if (ctx->protocol != IPPROTO_TCP)
@@ -264,6 +270,12 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 		set_ipv6(remote.ip, ctx->remote_ip6);
 	}
 	verdict = judge(ctx, &local, &remote, &decision);
+	if (verdict > SK_PASS) {
+		port = verdict;
+		verdict = steer_to(ctx, port);
+		if (decision && verdict == SK_DROP)
+			decision = DECISION(EVENT_REFUSED | INWARDS, WHY_NO_LISTENER, port);
+	}
 	if (decision)
 		trace(ctx, decision);
 	return verdict;

@@ -25,16 +25,19 @@ static __always_inline __u32 count_workers(__u64 netns)
 static __always_inline struct bpf_sock *find_listener(struct listener *key, __u32 first,
 						      __u32 count)
 {
+	__u32 i, worker = first % count;
 	struct bpf_sock *sk;
-	__u32 i;
 
 	for (i = 0; i < MAX_WORKERS; i++) {
+		/* Else clang counts down from the smaller bound, which the verifier does not know. */
+		barrier_var(i);
 		if (i >= count)
 			break;
-		key->worker = (first + i) % count;
+		key->worker = worker;
 		sk = map_lookup(listeners, key);
 		if (sk)
 			return sk;
+		worker = worker + 1 == count ? 0 : worker + 1;
 	}
 	return NULL;
 }
