@@ -22,6 +22,8 @@ from .seccomp import nobpf
 from .snapshot import changes, kernel_state, without_devices
 
 _SOURCES = Path(pyambient.__file__).parent.parent
+# What a command may take: with bcc an enrolment compiles each program, a second of CPU for each.
+_SECONDS = {"libbpf": 60, "bcc": 240}
 _START_TIMEOUT = 20.0
 _STOP_TIMEOUT = patience(20)
 _EMPTY_MESH = "workloads: []\n"
@@ -111,7 +113,7 @@ class Mesh:
             text=True,
             capture_output=True,
             check=False,
-            timeout=patience(60),
+            timeout=patience(_SECONDS[self.loader]),
         )
         assert done.returncode == code, f"{verb} {words}: {done.stdout}{done.stderr}"
         return done

@@ -13,13 +13,17 @@ import pytest
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PROXY_MARK, RESOLVER_PORT
 from tests.bed import Bed, CgroupTree, Child, Mesh, apps, capturing, marking
+from tests.bed.patience import patience
 from tests.dns import build
 
 from . import resolver
 from .conftest import Pair, assert_all_tunnelled
 from .resolver import Answered
 
-pytestmark = pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module")
+pytestmark = [
+    pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module"),
+    pytest.mark.timeout(patience(300)),  # with the compiler
+]
 
 _MARKER = b"plaintext that must not be on the wire"
 _EXCLUDED_PORT = 8090

@@ -210,7 +210,7 @@ def test_a_peer_over_its_rate_is_closed_before_any_tls(bed, tmp_path):
                 peer.recv(1)
         for peer in peers:
             peer.close()
-        assert rig.pods.status("server")["refused"] == {HANDSHAKE_RATE: 2}
+        assert (await rig.pods.status("server"))["refused"] == {HANDSHAKE_RATE: 2}
         budget = rig.pods._pods["server"].scope.budget
         await until(lambda: not budget.handshakes and not budget.descriptors)
 
