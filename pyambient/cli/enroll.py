@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -22,6 +22,9 @@ from .options import (
     require_root,
 )
 from .status import existing_lines, moved_lines
+
+# A loader that compiles takes a second of CPU for each program, on a node that may be busy.
+_PATIENCE: Final = 240.0
 
 
 @click.command(
@@ -92,7 +95,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
         settings = AgentSettings(run_dir, existing_cgroup(cgroup))
         click.echo(_dry_run(settings, options, **request), nl=False)
         return
-    pod = ask(run_dir, "enroll", **request, options=options)
+    pod = ask(run_dir, "enroll", _PATIENCE, **request, options=options)
     addresses = " ".join(pod["addresses"]) or "no address yet"
     click.echo(
         f"enrolled {pod['netns']} as {pod['namespace']}/{pod['name']}"
