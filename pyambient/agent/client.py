@@ -39,6 +39,10 @@ def ask(
             connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as answers:
                 line = answers.readline(ANSWER_LIMIT)
+        except (ConnectionResetError, BrokenPipeError):
+            raise AgentAbsent(
+                "the agent ended before it answered", "see what its log says, and start it again"
+            ) from None
         except TimeoutError:
             raise PyambientError(
                 f"the agent did not answer within {patience:.0f} s", "see what its log says"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -133,3 +136,18 @@ def test_an_agent_that_is_silent_is_not_waited_for_for_ever(rig: Rig) -> None:
         silent.listen()
         with pytest.raises(PyambientError, match="did not answer"):
             ask(rig.run_dir, "status", 0.05)
+
+
+def test_an_agent_that_is_killed_before_it_answers(rig: Rig) -> None:
+    """It is as absent as one that was never there: whoever can do without it goes on."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(rig.run_dir.agent_socket))
+        listener.listen()
+        before = signal.signal(signal.SIGUSR1, lambda *_: listener.close())
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -USR1 {os.getpid()}"])
+        try:
+            with pytest.raises(AgentAbsent, match=r"ended before it answered; .*start it again"):
+                rig.ask("status")
+        finally:
+            killer.wait()
+            signal.signal(signal.SIGUSR1, before)
