@@ -92,4 +92,4 @@ def test_a_guard_that_is_taken_away_comes_back(strangers: Pair, family: str) -> 
     with nothing_arrives(outside):
         client.run(send_tcp, segment, capabilities=_RAW)
     (line,) = log_lines(mesh, client, "enrolment")[1:]
-    assert (line["message"], line["why"]) == ("repaired", "the guard has lost eth0")
+    assert (line["message"], line["why"]) == ("repaired", "no guard on eth0")
