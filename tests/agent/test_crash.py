@@ -176,7 +176,7 @@ def test_what_could_not_be_undone_is_tried_again(rig: Rig) -> None:
     dying = rig.start_agent(sabotage=DieAfter(9))
     rig.wait_for_proxies()
     assert _dies(rig, one, "bpf")
-    assert not dying.alive
+    rig.wait_until(lambda: not dying.alive)
     rig.bed.remove_pod(gone)
     with bpf.read_only():
         rig.start_agent(sabotage=FailAfter(1))
