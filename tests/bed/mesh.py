@@ -215,6 +215,10 @@ class Mesh:
                 os.kill(pid, signal.SIGKILL)
         if self.process is not None:
             self.process.wait(_STOP_TIMEOUT)
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        while self._pids():
+            assert time.monotonic() < deadline, f"still there: {self._pids()}"
+            time.sleep(0.01)
 
     def _pids(self) -> list[int]:
         directories = (self.bed.cgroup.path / "mesh", self.bed.cgroup.proxy)

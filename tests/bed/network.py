@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from pyambient.netns import CLONE_NEWNET, Netns
 from .bpf import remove_pins
 from .cgroup import CgroupTree
 from .isolation import setns
+from .patience import patience
 from .privileges import Capability, become
 from .process import Channel, Child, fork
 
@@ -252,6 +255,8 @@ class Bed:
         if ipv6:
             inside.append(f"addr add {address6}/64 dev {device} nodad")
         pod.ip(*inside)
+        if ipv6:
+            _await_local_route(pod.netns, address6)
         return (address4 if ipv4 else None), (address6 if ipv6 else None)
 
     def twin_networks(self) -> tuple[Twin, Twin]:
@@ -297,3 +302,13 @@ class Bed:
 
     def __repr__(self) -> str:
         return f"<Bed {', '.join(self.pods)} in {self.cgroup.path}>"
+
+
+def _await_local_route(netns: Netns, address: str) -> None:
+    """Wait until the kernel delivers to an IPv6 address: once it has noticed the carrier."""
+    wanted = f"{socket.inet_pton(socket.AF_INET6, address).hex()} 80"
+    deadline = time.monotonic() + patience(20)
+    with netns.entered():
+        while wanted not in Path("/proc/thread-self/net/ipv6_route").read_text():
+            assert time.monotonic() < deadline, f"no local route to {address}"
+            time.sleep(0.005)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyambient.model.address import SocketAddress
+from pyambient.model.numbers import HBONE_PORT
 from tests.bed import (
     Bed,
     BedPod,
@@ -124,8 +125,8 @@ def test_programs_of_the_node_that_are_gone_are_made_anew(
     strangers: Pair, echo: Child, family: str
 ) -> None:
     """Whoever removed their pins: nothing gets past the guards, then the proxy is known again."""
-    client, server = strangers.client, strangers.server
-    there = SocketAddress(server.address(family), 8080)
+    client = strangers.client
+    there = SocketAddress(strangers.server.address(family), 8080)
     strangers.enroll()
     options = ClientOptions(timeout=1)
     with capturing(client) as capture:
@@ -134,7 +135,9 @@ def test_programs_of_the_node_that_are_gone_are_made_anew(
         strangers.mesh.wait_until(
             lambda: client.run(apps.request, there, _MARKER, options).data == _MARKER, "answer"
         )
-    assert_all_tunnelled(capture, client, server, _MARKER)
+    # An app's bare SYN-ACK may get out, until the proxy's socket that it answers is known again.
+    assert [str(p) for p in capture.packets if p.payload and HBONE_PORT not in p.ports] == []
+    assert not any(_MARKER in packet.payload for packet in capture.packets)
 
 
 def test_a_pod_is_freed_without_an_agent(strangers: Pair, echo: Child) -> None:

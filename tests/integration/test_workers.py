@@ -146,6 +146,8 @@ def test_a_killed_worker_takes_its_own_connections_alone(
         victim, other = workers(pair.mesh, pair.client)
         with capturing(pair.client) as capture:
             os.kill(victim["pid"], signal.SIGKILL)
+            # What it had not accepted goes with its listeners, a moment after its connections.
+            pair.mesh.wait_until(lambda: is_gone(victim["pid"]), "end of the worker")
             assert len(held.ask("ping")) == victim["connections"]
             for _ in range(10):
                 assert pair.client.run(apps.request, destination, _MARKER).data == _MARKER
