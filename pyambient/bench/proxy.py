@@ -23,7 +23,7 @@ from pyambient.bench.nested import NestedLoop
 from pyambient.bench.pods import Placement
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
-from pyambient.engine.scheduling import SLICE, shorten_slices
+from pyambient.engine.scheduling import shorten_slices
 from pyambient.errors import PyambientError
 from pyambient.hbone import LocalSettings
 from pyambient.identity.ca import EmbeddedAuthority
@@ -60,7 +60,7 @@ async def _main(settings: dict[str, Any], loop: Loop, sink: LineSink) -> None:
             await _serve(pods, pod)
         await pods.retain(frozenset(pod["name"] for pod in settings["pods"]))
         calm()
-        shorten_slices(SLICE)
+        shorten_slices()
         sys.stdout.write(_READY)
         sys.stdout.flush()
         with trio.open_signal_receiver(signal.SIGTERM) as signals:

@@ -131,11 +131,11 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
 
 def _foreign(cgroup: Path | None) -> Iterator[Finding]:
     """Other tools' hooks: one line for each, those that are in our way as what is missing."""
-    from pyambient.intercept.bpf_node import PROGRAM_PREFIX  # noqa: PLC0415 - not for --help
     from pyambient.intercept.foreign_hooks import (  # noqa: PLC0415 - likewise
         foreign_hooks,
         is_in_the_way,
     )
+    from pyambient.intercept.node_hooks import PROGRAM_PREFIX  # noqa: PLC0415 - not for --help
 
     if cgroup is None:
         return

@@ -22,21 +22,12 @@ from pyambient.model.numbers import DNS_SLOT_COUNT
 from pyambient.model.ports import Ports
 
 from . import lo_filter
-from .bpf_node import (
-    BPF,
-    TRACE_MAPS,
-    NodePrograms,
-    Place,
-    ProgramSet,
-    detach_pinned,
-    existing_map,
-    node_map,
-    pod_directory,
-    uses_pinned_maps,
-)
+from .bpf_node import NodePrograms
 from .interface import Pod, Stage, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
+from .node_hooks import BPF, TRACE_MAPS, Place, ProgramSet
+from .node_pins import detach_pinned, existing_map, node_map, pod_directory, uses_pinned_maps
 from .original_dns import RESOLVERS_MAP, slot_key
 
 _LOOKUP_MAPS = (

@@ -39,10 +39,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyambient.netns import Netns
 
 from . import libbpf, lo_filter
-from .bpf_node import PROGRAM_PREFIX, detach_pinned, pod_directory, uses_pinned_maps
 from .interface import Pod, Stage
 from .kernel_objects import AttachType, Link, program_info
 from .loader import LoadedObject
+from .node_hooks import PROGRAM_PREFIX
+from .node_pins import detach_pinned, pod_directory, uses_pinned_maps
 from .rtnetlink import request, routing
 
 _HANDLE: Final = 0x111

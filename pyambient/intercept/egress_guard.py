@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from .bpf_node import TRACE_MAPS, existing_map
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .guard_maps import COUNTS, EXISTING, LAST, LET_IN, keep_new, note_existing, opened
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
+from .node_hooks import TRACE_MAPS
+from .node_pins import existing_map
 
 _NODE_MAPS: Final = (
     *("proxy_sockets", "captured_socks", "selections", "probes", "dns_pods"),

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from pyambient.model.address import SocketAddress, canonical_ip
 
-from .bpf_node import pod_directory
 from .existing import existing_connections
 from .interface import Pod
 from .kernel_objects import Map, MapType
 from .loader import LoadedObject
+from .node_pins import pod_directory
 
 EXISTING: Final = "existing"
 COUNTS: Final = "drop_counts"

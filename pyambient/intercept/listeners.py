@@ -39,9 +39,9 @@ from pyambient.model.numbers import (
 )
 from pyambient.netns import Netns
 
-from .bpf_node import existing_map, node_map
 from .interface import Pod, Stage, step
 from .kernel_objects import Map
+from .node_pins import existing_map, node_map
 
 _ALWAYS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
 _SYS_PIDFD_GETFD: Final = 438  # on every architecture

@@ -17,12 +17,13 @@ from typing import ClassVar, Final
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
-from .bpf_node import TRACE_MAPS, existing_map
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .egress_guard import sign_of
 from .guard_maps import COUNTS, LAST, keep_new, opened
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
+from .node_hooks import TRACE_MAPS
+from .node_pins import existing_map
 from .rtnetlink import routes
 
 _VETH: Final = "veth"

@@ -19,13 +19,13 @@ from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.netns import Netns
 
 from . import libbpf, lo_filter
-from .bpf_node import HOOKS, PROXY_HOOKS, Hook, Place
 from .device_program import DevicePlace, Direction, add_filter
 from .fence import Fence
 from .interface import Pod
 from .kernel_objects import AttachType, Link
 from .loader import BpfObject, Constants, ProgramRefused, load_compiled
 from .netns_cookie import ask_by_connect, netns_cookie
+from .node_hooks import HOOKS, PROXY_HOOKS, Hook, Place
 from .scratch_cgroup import scratch_cgroup
 
 _BPF_MAP_TYPE_HASH: Final = 1

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
-from .bpf_node import existing_map, node_map
 from .interface import Pod, Stage, Step, step
 from .kernel_objects import Map, MapType
+from .node_pins import existing_map, node_map
 from .options import CaptureOptions
 from .selection import ANYWHERE, CHOICES, EVERYTHING, Cidr, PortRange, Selection, covers, in_order
 

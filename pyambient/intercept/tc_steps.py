@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from .bpf_node import TC, TRACE_MAPS, ProgramSet, existing_map
 from .bpf_steps import DnsGate, MapEntry, NodeStep
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .interface import Pod, Stage, step
 from .loader import Constants, LoadedObject, load
+from .node_hooks import TC, TRACE_MAPS, ProgramSet
+from .node_pins import existing_map
 
 _SHARED: Final = (
     *("listeners", "workers", "redirected", "selections"),

@@ -29,8 +29,8 @@ from typing import ClassVar, Final, Self
 
 from pyambient.errors import PyambientError
 
-from .bpf_node import node_map
 from .kernel_objects import Map
+from .node_pins import node_map
 from .ring_buffer import RingBuffer
 from .trace_event import Event
 

@@ -12,7 +12,7 @@ import trio
 from pyambient.children import stop_with
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
-from pyambient.engine.scheduling import SLICE, shorten_slices
+from pyambient.engine.scheduling import shorten_slices
 from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.store import CertificateStore
 from pyambient.mesh.localfile import follow
@@ -76,7 +76,7 @@ async def _main(settings: ProxySettings, seat: Seat | None, loop: Loop, sink: Li
         else:
             _obey(seat, pods, nursery)
         calm()
-        shorten_slices(SLICE)
+        shorten_slices()
         _log.info("proxy ready", trust_domain=settings.trust_domain)
         await asked_to_stop()
         _log.info("draining", seconds=settings.drain_timeout)

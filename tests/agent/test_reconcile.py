@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pyambient.intercept.bpf_node import node_map
 from pyambient.intercept.kernel_objects import Map
+from pyambient.intercept.node_pins import node_map
 from pyambient.model.numbers import DNS_PORT
 from tests.bed import BedPod, changes, kernel_state
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pyambient.agent.verify import Check, verify
-from pyambient.intercept.bpf_node import detach_pinned, node_map, pod_directory
+from pyambient.intercept.node_pins import detach_pinned, node_map, pod_directory
 from pyambient.model.numbers import INBOUND_PORT
 from tests.bed import BedPod, CgroupTree, Channel, Child
 

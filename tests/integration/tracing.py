@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from pyambient.intercept.bpf_node import node_map
+from pyambient.intercept.node_pins import node_map
 from pyambient.intercept.trace_reader import PLACES_MAP
 from tests.bed.patience import patience
 from tests.intercept.bpf_mesh import BPFFS

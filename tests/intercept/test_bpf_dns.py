@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from pyambient.intercept import runner
-from pyambient.intercept.bpf_node import node_map
 from pyambient.intercept.interface import Stage
 from pyambient.intercept.loader import Constants
 from pyambient.intercept.netns_cookie import netns_cookie
+from pyambient.intercept.node_pins import node_map
 from pyambient.intercept.original_dns import slot_key
 from pyambient.model.address import SocketAddress, packed_ip
 from pyambient.model.numbers import (

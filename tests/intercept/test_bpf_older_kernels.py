@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pyambient.intercept import lo_filter, probe, runner
-from pyambient.intercept.bpf_node import pod_directory
 from pyambient.intercept.loader import Constants
 from pyambient.intercept.netns_cookie import ask_by_connect
+from pyambient.intercept.node_pins import pod_directory
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import INBOUND_PORT, LOOPBACK_MARK
 from tests.bed import Bed, BedPod, Capability, apps

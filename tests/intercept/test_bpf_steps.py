@@ -12,7 +12,7 @@ import pytest
 from pyambient.errors import PyambientError
 from pyambient.intercept import runner
 from pyambient.intercept.bpf import Bpf
-from pyambient.intercept.bpf_node import HOOKS, MAPS, NodePrograms, Place, node_map, pod_directory
+from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.bpf_steps import NodeStep
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import (
@@ -27,6 +27,8 @@ from pyambient.intercept.interface import (
 from pyambient.intercept.kernel_objects import AttachType, Link
 from pyambient.intercept.loader import Constants, load
 from pyambient.intercept.netns_cookie import netns_cookie
+from pyambient.intercept.node_hooks import HOOKS, MAPS, Place
+from pyambient.intercept.node_pins import node_map, pod_directory
 from tests.bed import Bed, BedPod, Channel, apps
 from tests.bed.snapshot import kernel_state
 

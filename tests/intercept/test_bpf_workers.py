@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyambient.intercept.bpf_node import node_map
 from pyambient.intercept.listeners import ProxyListeners
 from pyambient.intercept.netns_cookie import netns_cookie
+from pyambient.intercept.node_pins import node_map
 from pyambient.model.numbers import INBOUND_PORT, OUTBOUND_PORT, RESERVED_PORTS
 from pyambient.proxy.sockets import Place
 from tests.bed import Bed, BedPod, Channel, apps

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from pyambient.intercept import probe
-from pyambient.intercept.bpf_node import HOOKS, NodePrograms, node_map
+from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.kernel_objects import Map
 from pyambient.intercept.loader import Constants
+from pyambient.intercept.node_hooks import HOOKS
 from pyambient.intercept.node_objects import ahead
+from pyambient.intercept.node_pins import node_map
 from tests.bed import Bed, apps
 
 from .bpf_mesh import BPFFS, BpfMesh, at, links_on, serve

@@ -9,7 +9,7 @@ import pytest
 
 from pyambient.errors import PyambientError
 from pyambient.intercept import trace_reader
-from pyambient.intercept.bpf_node import node_map
+from pyambient.intercept.node_pins import node_map
 from pyambient.intercept.trace_reader import (
     PLACES_MAP,
     READERS,

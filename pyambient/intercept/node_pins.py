@@ -1,0 +1,134 @@
+"""The pins below a site's directory of bpffs: where they are, and what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyambient.errors import PyambientError
+
+from .kernel_objects import Link, Map, program_info
+from .node_hooks import ALL_HOOKS, ALL_MAPS, Hook
+
+
+def pod_directory(bpffs: Path, uid: str) -> Path:
+    """Where a pod's pins are; bpffs reserves names with a dot (ENOENT or EPERM)."""
+    return bpffs / "pods" / urllib.parse.quote(uid, safe="").replace(".", "%2E")
+
+
+def detach_pinned(pin: Path) -> None:
+    """Let a pinned link's program run no more; that nothing is pinned there is no error.
+
+    Now: a link that just loses its last pin is freed some time later.
+    """
+    link = Link.open_pinned(pin)
+    if link is not None:
+        with link:
+            link.detach()
+
+
+def node_map(bpffs: Path, name: str) -> Map | None:
+    """A map of the node, or None where no pod is enrolled."""
+    return Map.open_pinned(bpffs / "node" / name)
+
+
+def existing_map(bpffs: Path, name: str) -> Map:
+    """A map of the node; PyambientError where it is gone."""
+    found = node_map(bpffs, name)
+    if found is None:
+        raise PyambientError(f"the BPF map {bpffs}/node/{name} is gone", "enrol the pod again")
+    return found
+
+
+def pinned_maps(directory: Path) -> Iterator[Map]:
+    """Those of the node's maps that are pinned; whoever takes one closes it."""
+    for name in ALL_MAPS:
+        pinned = Map.open_pinned(directory / name)
+        if pinned is not None:
+            yield pinned
+
+
+def pinned_identifiers(directory: Path) -> dict[str, int]:
+    """Name and id of each."""
+    with contextlib.ExitStack() as stack:
+        return {m.name: stack.enter_context(m).identifier for m in pinned_maps(directory)}
+
+
+def _program_of(directory: Path, hook: Hook) -> int:
+    """The id of the program that runs for a hook; 0 where it is not attached."""
+    link = Link.open_pinned(directory / hook.pin)
+    if link is None:
+        return 0
+    with link:
+        return link.info().program
+
+
+def uses_pinned_maps(bpffs: Path, program: int) -> bool:
+    """Whether a program works with the maps of the node that are pinned now, not with others."""
+    for name, identifier in _node_maps_of(program):
+        pinned = node_map(bpffs, name)
+        if pinned is None:
+            return False
+        with pinned:
+            if pinned.identifier != identifier:
+                return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _node_maps_of(program: int) -> tuple[tuple[str, int], ...]:
+    """Name and id of the node's maps that a program uses, which are always the same ones."""
+    info = program_info(program)
+    found = []
+    for identifier in info.maps if info else ():
+        with Map.open_by_identifier(identifier) as held:
+            if held.name in ALL_MAPS:
+                found.append((held.name, identifier))
+    return tuple(found)
+
+
+def uses(directory: Path, hook: Hook, pinned: dict[str, int]) -> bool:
+    """Whether a hook's program works with the maps that are pinned, not with others."""
+    program = _program_of(directory, hook)
+    return all(pinned.get(name) == identifier for name, identifier in _node_maps_of(program))
+
+
+def pin_used_maps(directory: Path) -> None:
+    """Pin maps again whose pins somebody removed or replaced: the attached programs have them.
+
+    A map made anew would not know the listeners that the proxy has already.
+    """
+    done: set[str] = set()
+    for hook in ALL_HOOKS:
+        for name, identifier in _node_maps_of(_program_of(directory, hook)):
+            if name not in done:
+                done.add(name)
+                with Map.open_by_identifier(identifier) as held:
+                    _pin_instead(held, directory / name)
+
+
+def _pin_instead(used: Map, path: Path) -> None:
+    pinned = Map.open_pinned(path)
+    if pinned is not None:
+        with pinned:
+            if pinned.identifier == used.identifier:
+                return
+    path.unlink(missing_ok=True)
+    used.pin(path)
+
+
+def remove(directory: Path) -> None:
+    """Unpin what is in a directory and remove it; one that is not there or not empty is left."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for pin in directory.iterdir():
+            if not pin.is_dir():
+                pin.unlink()
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
