@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,10 +48,16 @@ def bed(cgroup_tree: CgroupTree) -> Iterator[Bed]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def mesh_settings() -> dict[str, Any]:
+    """What `Mesh` takes beside bed and directory: a module may want another one."""
+    return {}
+
+
 @pytest.fixture
-def mesh(bed: Bed, tmp_path: Path) -> Iterator[Mesh]:
+def mesh(bed: Bed, tmp_path: Path, mesh_settings: dict[str, Any]) -> Iterator[Mesh]:
     """A running `pyambient up`; un-enrols all at the end and fails if anything is left behind."""
-    with Mesh(bed, tmp_path) as made:
+    with Mesh(bed, tmp_path, **mesh_settings) as made:
         yield made
 
 

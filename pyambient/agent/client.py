@@ -40,9 +40,7 @@ def ask(
             with connection.makefile("rb") as answers:
                 line = answers.readline(ANSWER_LIMIT)
         except (ConnectionResetError, BrokenPipeError):
-            raise AgentAbsent(
-                "the agent ended before it answered", "see what its log says, and start it again"
-            ) from None
+            line = b""
         except TimeoutError:
             raise PyambientError(
                 f"the agent did not answer within {patience:.0f} s", "see what its log says"
@@ -52,7 +50,9 @@ def ask(
 
 def _result(line: bytes) -> Any:
     if not line:
-        raise PyambientError("the agent hung up", "see what its log says")
+        raise AgentAbsent(
+            "the agent ended before it answered", "see what its log says, and start it again"
+        )
     answer = json.loads(line)
     if "error" in answer:
         fields = answer["error"]

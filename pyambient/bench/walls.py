@@ -7,13 +7,14 @@ rule, route, pin or process of a benchmark outlives it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pyambient.errors import NeedsRoot, PyambientError
@@ -43,6 +44,31 @@ def run_apart(module: str, arguments: Sequence[str]) -> int:
         return subprocess.run([*_WALLS, *command], check=False).returncode
 
 
+def options_of(module: str, description: str | None, seconds: float) -> argparse.ArgumentParser:
+    """The options of every benchmark that runs in rounds; `seconds` is their default length."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of each measurement")
+    parser.add_argument(_INSIDE, type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def behind_walls(
+    module: str, arguments: Sequence[str], inside: Path | None, work: Callable[[], int]
+) -> int:
+    """Exit code of a benchmark's main: `work` is done behind the walls, where `inside` is set."""
+    try:
+        if inside is None:
+            return run_apart(module, arguments)
+        settle_inside()
+        return work()
+    except PyambientError as error:
+        sys.stderr.write(f"{module}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
 def settle_inside() -> None:
     """What the inner process does first: a /run and a bpffs that nobody else sees.
 
@@ -50,7 +76,8 @@ def settle_inside() -> None:
     """
     os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
     # Where sessions share the CPU as groups (CONFIG_SCHED_AUTOGROUP), what one may have of it is
-    # up to the group's own nice value.
+    # up to the group's own nice value. That of the caller's session is the caller's.
+    os.setsid()
     if _AUTOGROUP.exists():
         _AUTOGROUP.write_text(str(_FIRST))
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)

@@ -38,15 +38,20 @@ async def linger(sock: socket.socket, seconds: float = _MOMENT) -> None:
 
 
 async def _read_out(sock: socket.socket) -> None:
-    for _ in range(_BYTES // _CHUNK):
+    """Until the peer's end; what is more than may be read in a moment waits in the kernel."""
+    left = _BYTES
+    while left > 0:
         await trio.lowlevel.wait_readable(sock)
         try:
-            if not sock.recv(_CHUNK):
-                return
+            count = len(sock.recv(_CHUNK))
         except BlockingIOError:
             continue
         except OSError:
             return
+        if not count:
+            return
+        left -= count
+    await trio.sleep_forever()
 
 
 def _unacknowledged(sock: socket.socket) -> int:

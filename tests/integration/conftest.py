@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -58,10 +59,14 @@ def assert_all_tunnelled(capture: Capture, one: BedPod, other: BedPod, marker: b
 
 @pytest.fixture(scope="module")
 def pair(
-    cgroup_tree: CgroupTree, backend: str, tmp_path_factory: pytest.TempPathFactory
+    cgroup_tree: CgroupTree,
+    backend: str,
+    mesh_settings: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Pair]:
     """A mesh with two enrolled pods, shared by the tests of a module that change neither."""
-    with Bed(cgroup_tree) as bed, Mesh(bed, tmp_path_factory.mktemp(backend)) as mesh:
+    directory = tmp_path_factory.mktemp(backend)
+    with Bed(cgroup_tree) as bed, Mesh(bed, directory, **mesh_settings) as mesh:
         made = Pair(bed, mesh, backend, *(bed.pod(name) for name in _NAMES))
         made.enroll()
         yield made

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PROXY_MARK, RESOLVER_PORT
-from tests.bed import Bed, CgroupTree, Child, Mesh, apps, capturing, marking
+from tests.bed import Child, apps, capturing, marking
 from tests.bed.patience import patience
 from tests.dns import build
 
@@ -30,15 +30,9 @@ _EXCLUDED_PORT = 8090
 
 
 @pytest.fixture(scope="module")
-def pair(
-    cgroup_tree: CgroupTree, backend: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    """Two enrolled pods; nothing is left of them in the end."""
-    directory = tmp_path_factory.mktemp(f"bcc-{backend}")
-    with Bed(cgroup_tree) as bed, Mesh(bed, directory, loader="bcc") as mesh:
-        made = Pair(bed, mesh, backend, *(bed.pod(n) for n in ("client", "server", "outside")))
-        made.enroll()
-        yield made
+def mesh_settings() -> dict[str, Any]:
+    """The other loader."""
+    return {"loader": "bcc"}
 
 
 def test_traffic_is_tunnelled(pair: Pair, echo: Child, destination: SocketAddress) -> None:

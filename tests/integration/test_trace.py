@@ -12,11 +12,8 @@ from tests.bed.patience import patience
 from .conftest import Pair
 from .tracing import is_anybody_reading, tracing
 
-
-@pytest.fixture(scope="module", params=["bpf", "tc"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Those that tell what they decide."""
-    return str(request.param)
+# Those that tell what they decide.
+pytestmark = pytest.mark.parametrize("backend", ["bpf", "tc"], scope="module")
 
 
 def test_one_connection(pair: Pair, family: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,19 +11,10 @@ import pytest
 from pyambient.agent.client import ask
 from pyambient.agent.config import RunDir
 from pyambient.model.address import SocketAddress
-from tests.bed import (
-    Bed,
-    BedPod,
-    CgroupTree,
-    Child,
-    ClientOptions,
-    Mesh,
-    apps,
-    capturing,
-)
+from tests.bed import BedPod, Child, ClientOptions, Mesh, apps, capturing
 from tests.cli.test_up import is_gone
 
-from .conftest import _NAMES, Pair, assert_all_tunnelled, between
+from .conftest import Pair, assert_all_tunnelled, between
 from .test_capture import (  # noqa: F401 - these hold with one worker and with several
     test_a_half_close_stays_one,
     test_each_port_reaches_its_own_app,
@@ -47,15 +37,9 @@ _MANY = 100
 
 
 @pytest.fixture(scope="module")
-def pair(
-    cgroup_tree: CgroupTree, backend: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    """As everywhere, but with two workers."""
-    directory = tmp_path_factory.mktemp(backend)
-    with Bed(cgroup_tree) as bed, Mesh(bed, directory, options=_TWO) as mesh:
-        made = Pair(bed, mesh, backend, *(bed.pod(name) for name in _NAMES))
-        made.enroll()
-        yield made
+def mesh_settings() -> dict[str, Any]:
+    """Two workers."""
+    return {"options": _TWO}
 
 
 def workers(mesh: Mesh, pod: BedPod) -> list[dict[str, Any]]:

@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pyambient.model.address import SocketAddress
-from tests.bed import Bed, BedPod, Mesh, apps, capturing, changes, kernel_state
+from tests.bed import BedPod, Mesh, apps, capturing, changes, kernel_state
 from tests.cli.test_up import is_gone
 
-from .conftest import _NAMES, Pair, between
+from .conftest import Pair, between
 from .test_workers import _MANY, _TWO, workers
 
 # What they do takes part of the seconds that a drain may take.
 _FEW = 8
 
 
-def test_a_pod_is_left_as_it_was(bed: Bed, tmp_path: Path, backend: str) -> None:
+@pytest.fixture(scope="module")
+def mesh_settings() -> dict[str, Any]:
+    """Two workers."""
+    return {"options": _TWO}
+
+
+def test_a_pod_is_left_as_it_was(strangers: Pair) -> None:
     """Its connections are drained in both workers, and nothing of either stays."""
-    with Mesh(bed, tmp_path, options=_TWO) as mesh:
-        strangers = Pair(bed, mesh, backend, *(bed.pod(name) for name in _NAMES))
-        pods = (strangers.client, strangers.server)
-        before = kernel_state(*pods)
-        strangers.enroll()
-        there = SocketAddress(strangers.server.ipv4 or "", 8080)
-        with (
-            strangers.serve(strangers.server, 8080),
-            strangers.client.spawn(apps.hold, there, _MANY) as held,
-        ):
-            assert held.receive() == {}
-            freeing = mesh.start_unenrolling(strangers.client)
-            mesh.wait_until(lambda: _state(mesh, strangers.client) == "draining", "drain")
-            assert held.ask("ping") == {}
-            held.send("stop")
-            held.wait()
-            assert freeing.wait(timeout=20) == 0
-        mesh.unenroll(strangers.server)
-        assert changes(before, kernel_state(*pods)) == []
+    mesh, client, server = strangers.mesh, strangers.client, strangers.server
+    before = kernel_state(client, server)
+    strangers.enroll()
+    there = SocketAddress(server.ipv4 or "", 8080)
+    with strangers.serve(server, 8080), client.spawn(apps.hold, there, _MANY) as held:
+        assert held.receive() == {}
+        freeing = mesh.start_unenrolling(client)
+        mesh.wait_until(lambda: _state(mesh, client) == "draining", "drain")
+        assert held.ask("ping") == {}
+        held.send("stop")
+        held.wait()
+        assert freeing.wait(timeout=20) == 0
+    mesh.unenroll(server)
+    assert changes(before, kernel_state(client, server)) == []
 
 
 def _state(mesh: Mesh, pod: BedPod) -> str:
@@ -47,25 +48,23 @@ def _state(mesh: Mesh, pod: BedPod) -> str:
     return str(found["state"])
 
 
-def test_stopped_they_drain(bed: Bed, tmp_path: Path, backend: str) -> None:
+def test_stopped_they_drain(strangers: Pair) -> None:
     """`up` waits for both; what a connection had sent by then arrives."""
-    with Mesh(bed, tmp_path, options=_TWO) as mesh:
-        pods = Pair(bed, mesh, backend, *(bed.pod(name) for name in _NAMES))
-        pods.enroll()
-        there = SocketAddress(pods.server.ipv4 or "", 8080)
-        with (
-            pods.serve(pods.server, 8080),
-            pods.client.spawn(_say_more_when_told, there, _FEW) as client,
-        ):
-            assert client.receive() == "connected"
-            pids = [worker["pid"] for worker in workers(mesh, pods.client)]
-            assert mesh.process is not None
-            mesh.process.send_signal(signal.SIGTERM)
-            mesh.wait_until(lambda: _drains(mesh) == {0, 1}, "drain in both")
-            assert client.ask("go on") == _FEW
-            assert mesh.stop() == 0
-        while not all(map(is_gone, pids)):
-            os.sched_yield()
+    mesh, client = strangers.mesh, strangers.client
+    strangers.enroll()
+    there = SocketAddress(strangers.server.ipv4 or "", 8080)
+    with (
+        strangers.serve(strangers.server, 8080),
+        client.spawn(_say_more_when_told, there, _FEW) as talking,
+    ):
+        assert talking.receive() == "connected"
+        pids = [worker["pid"] for worker in workers(mesh, client)]
+        assert mesh.process is not None
+        mesh.process.send_signal(signal.SIGTERM)
+        mesh.wait_until(lambda: _drains(mesh) == {0, 1}, "drain in both")
+        assert talking.ask("go on") == _FEW
+        assert mesh.stop() == 0
+    assert all(map(is_gone, pids))
 
 
 def _drains(mesh: Mesh) -> set[int]:
@@ -88,20 +87,21 @@ def _say_more_when_told(channel: Any, there: SocketAddress, count: int) -> None:
     channel.send(done)
 
 
-def test_joined_without_a_tunnel_in_either(bed: Bed, tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(
+    "mesh_settings", [{"options": (*_TWO, "--same-node=direct")}], ids=["direct"], scope="module"
+)
+def test_joined_without_a_tunnel_in_either(strangers: Pair) -> None:
     """`--same-node direct`: each worker knows both pods."""
-    options = (*_TWO, "--same-node=direct")
-    with Mesh(bed, tmp_path, options=options) as mesh:
-        pods = Pair(bed, mesh, backend, *(bed.pod(name) for name in _NAMES))
-        pods.enroll()
-        there = SocketAddress(pods.server.ipv4 or "", 8080)
-        with (
-            pods.serve(pods.server, 8080),
-            capturing(pods.client) as capture,
-            pods.client.spawn(apps.hold, there, _MANY) as held,
-        ):
-            assert held.receive() == {}
-            shares = [worker["connections"] for worker in workers(mesh, pods.client)]
-            assert sum(shares) == _MANY
-            assert min(shares) > _MANY / 10
-        assert between(capture.packets, pods.client, pods.server) == []
+    client, server = strangers.client, strangers.server
+    strangers.enroll()
+    there = SocketAddress(server.ipv4 or "", 8080)
+    with (
+        strangers.serve(server, 8080),
+        capturing(client) as capture,
+        client.spawn(apps.hold, there, _MANY) as held,
+    ):
+        assert held.receive() == {}
+        shares = [worker["connections"] for worker in workers(strangers.mesh, client)]
+        assert sum(shares) == _MANY
+        assert min(shares) > _MANY / 10
+    assert between(capture.packets, client, server) == []

@@ -24,6 +24,7 @@ _ELSEWHERE = (
     # The compilers stay on the host, and so do the tests that compile programs for themselves.
     "tests/intercept/test_bpf_loader.py",
     "tests/intercept/test_bcc_loader.py",
+    "tests/integration/test_bcc.py",
     # A run of an sk_lookup program by itself takes Linux 5.13; what is decided there is the same.
     "tests/intercept/test_bpf_programs.py",
     # What the proxy does with a connection once it has it is the same on every kernel.

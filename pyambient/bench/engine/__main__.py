@@ -10,8 +10,7 @@ from pathlib import Path
 from pyambient.bench.load import build
 from pyambient.bench.report import machine, write_json
 from pyambient.bench.rounds import Results, turns
-from pyambient.bench.walls import run_apart, settle_inside
-from pyambient.errors import PyambientError
+from pyambient.bench.walls import behind_walls, options_of
 
 from .bed import Node
 from .rows import ROWS
@@ -25,15 +24,12 @@ _SUBJECTS = (OURS, OURS_16K, ENVOY)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser = options_of(_MODULE, __doc__, seconds=2.0)
     parser.add_argument("--backend", default="bpf", help="what captures, for Envoy too")
     parser.add_argument("--only", default="", help="only work whose name contains this")
     parser.add_argument("--idle", type=int, default=10_000, help="connections in the crowd")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--check", action="store_true", help="exit 1 if a row falls short")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
@@ -84,7 +80,6 @@ def _one(work: Work, subjects: list[Subject], seconds: float, results: Results) 
 
 
 def _inside(options: argparse.Namespace) -> int:
-    settle_inside()
     results = _measure(options)
     sys.stderr.write("\n")
     sys.stdout.write(render(ROWS, results))
@@ -100,13 +95,7 @@ def _inside(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return _inside(options) if options.inside else run_apart(_MODULE, arguments)
-    except PyambientError as error:
-        sys.stderr.write(f"bench-engine: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return behind_walls(_MODULE, arguments, options.inside, lambda: _inside(options))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from pathlib import Path
 from pyambient.bench.load import build
 from pyambient.bench.markdown import number, table
 from pyambient.bench.rounds import Results, turns
-from pyambient.bench.walls import run_apart, settle_inside
-from pyambient.errors import PyambientError
+from pyambient.bench.walls import behind_walls, options_of
 
 from . import work
 from .bed import Node
@@ -60,21 +59,15 @@ def _render(results: Results) -> str:
     return table(("work", "trio is the guest", "trio is the host", "ratio"), rows)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    try:
-        if not options.inside:
-            return run_apart(_MODULE, arguments)
-        settle_inside()
-        sys.stdout.write(_render(_measure(options)))
-    except PyambientError as error:
-        sys.stderr.write(f"bench-engine: {error}\n")
-        return error.exit_code
+def _print(options: argparse.Namespace) -> int:
+    sys.stdout.write(_render(_measure(options)))
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = options_of(_MODULE, __doc__, seconds=1.0)
+    options = parser.parse_args(arguments)
+    return behind_walls(_MODULE, arguments, options.inside, lambda: _print(options))
 
 
 if __name__ == "__main__":

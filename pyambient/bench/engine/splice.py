@@ -24,7 +24,7 @@ from pyambient.bench.markdown import number, table
 from pyambient.bench.pods import Placement
 from pyambient.bench.processes import cpu_seconds
 from pyambient.bench.rounds import Results, Sample, turns
-from pyambient.bench.walls import run_apart, settle_inside
+from pyambient.bench.walls import behind_walls, options_of
 from pyambient.engine.accept import Listener, connect
 from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import ALL_APP_EVENTS, GONE, IN, OUT, Loop
@@ -163,7 +163,7 @@ def _relay(kind: str, port: int, to: int) -> None:
 
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", port), backlog=512)
-        Listener(loop, sock, accepted, Deadlines(1))
+        Listener(loop, sock, accepted, Deadlines(1)).start()
         sys.stdout.write(_READY)
         sys.stdout.flush()
         await trio.sleep_forever()
@@ -247,25 +247,19 @@ def _render(results: Results) -> str:
     return table(("work", _RECEIVE, _SPLICE, "ratio"), rows)
 
 
+def _print(options: argparse.Namespace) -> int:
+    sys.stdout.write(_render(_measure(options)))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser = options_of(_MODULE, __doc__, seconds=1.0)
     parser.add_argument("--relay", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.relay:
         kind, port, to = options.relay
         _relay(kind, int(port), int(to))
-    try:
-        if not options.inside:
-            return run_apart(_MODULE, arguments)
-        settle_inside()
-        sys.stdout.write(_render(_measure(options)))
-    except PyambientError as error:
-        sys.stderr.write(f"bench-engine: {error}\n")
-        return error.exit_code
-    return 0
+    return behind_walls(_MODULE, arguments, options.inside, lambda: _print(options))
 
 
 if __name__ == "__main__":
