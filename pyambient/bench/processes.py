@@ -18,7 +18,12 @@ def cpu_seconds(pid: int) -> float:
 
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process; what it shares with others counts in full."""
+    return memory_bytes(pid, "VmRSS")
+
+
+def memory_bytes(pid: int, what: str) -> int:
+    """Of /proc/PID/status, what is about memory, such as VmHWM: the most that was resident."""
     for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1]) << 10
     raise ProcessLookupError(pid)

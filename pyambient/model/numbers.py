@@ -59,7 +59,7 @@ ANSWER_TIMEOUT: Final = 15.0
 OWN_WORKLOAD_TIMEOUT: Final = 5.0
 POOL_IDLE_TIMEOUT: Final = 300.0
 
-# DNS (RFC 1035, RFC 7766): what all pods of a process may have in flight together, how long an
+# DNS (RFC 1035, RFC 7766): what all pods of a proxy may have in flight together, how long an
 # answer may take, and how long a connection without a query stays.
 RESOLVER_PORT: Final = 53
 QUERIES_IN_FLIGHT: Final = 4096

@@ -277,6 +277,23 @@ def _read_byte(connection: socket.socket) -> None:
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
 
+def send_syn(to: SocketAddress, port: int, device: str | None = None) -> None:
+    """One, from this port, without waiting what becomes of it."""
+    with ClientOptions(device=device).socket(to) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.bind(("", port))
+        client.setblocking(False)
+        assert client.connect_ex(to.sockaddr())  # under way, or refused
+
+
+def send_datagram(to: SocketAddress, port: int, payload: bytes, device: str | None = None) -> None:
+    """One, from this port; that it cannot be sent may be told."""
+    with ClientOptions(device=device).socket(to, socket.SOCK_DGRAM) as client:
+        client.bind(("", port))
+        with contextlib.suppress(OSError):
+            client.sendto(payload, to.sockaddr())
+
+
 def udp_echo(channel: Channel, port: int, host: str = "::") -> None:
     """Send every datagram back until told "stop"; says "listening" first."""
     with listener(port, host, socket.SOCK_DGRAM) as serving, selectors.DefaultSelector() as ready:

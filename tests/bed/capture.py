@@ -39,6 +39,11 @@ class Packet:
     def ports(self) -> tuple[int, int]:
         return self.source.port, self.destination.port
 
+    @property
+    def speaks(self) -> bool:
+        """It opens or carries something; the kernel's bare answers do not (docs/security.md)."""
+        return bool(self.payload or self.flags & TCP_SYN or self.protocol == _UDP)
+
     def __str__(self) -> str:
         kind = "tcp" if self.protocol == _TCP else "udp"
         flags = f" flags {self.flags:#04x}" if self.flags else ""

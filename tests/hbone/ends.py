@@ -17,7 +17,7 @@ from h2.settings import SettingCodes
 
 from pyambient.hbone import Connection, ConnectRequest, Headers, OutputPool, Role, Stream
 
-from .helpers import CONNECT, REQUEST, give
+from .helpers import CONNECT, REQUEST, give, send
 
 
 @dataclass
@@ -60,11 +60,31 @@ class End(Protocol):
     def windows(self, stream_id: int) -> tuple[int, int] | None: ...
 
 
-class Ours:
+class _Books:
+    """What either end has heard, and what of it the peer has not been credited for."""
+
+    def __init__(self) -> None:
+        self.heard: dict[int, Heard] = {}
+
+    def owed(self) -> list[int]:
+        return [stream_id for stream_id, heard in self.heard.items() if heard.uncredited]
+
+    def taken(self, stream_id: int, count: int) -> int:
+        """How much of `count` there is to credit; it is not owed any more."""
+        heard = self.heard[stream_id]
+        count = min(count, heard.uncredited)
+        heard.uncredited -= count
+        return count
+
+    def unanswered(self) -> list[int]:
+        return [i for i, heard in self.heard.items() if heard.status is None and heard.whole]
+
+
+class Ours(_Books):
     """A `Connection`, its owner and the sinks of its streams."""
 
     def __init__(self, role: Role) -> None:
-        self.heard: dict[int, Heard] = {}
+        super().__init__()
         self.streams: dict[int, Stream] = {}
         self.happened: list[str] = []
         self.connection = Connection(role, self, OutputPool())
@@ -102,9 +122,7 @@ class Ours:
         return stream.id
 
     def answerable(self) -> list[int]:
-        if self.connection.role is Role.CLIENT:
-            return []
-        return [i for i, heard in self.heard.items() if heard.status is None and heard.whole]
+        return [] if self.connection.role is Role.CLIENT else self.unanswered()
 
     def answer(self, stream_id: int, status: int) -> None:
         stream, heard = self.streams[stream_id], self.heard[stream_id]
@@ -119,22 +137,12 @@ class Ours:
         return [i for i, h in self.heard.items() if h.status == 200 and not h.end_sent and h.whole]
 
     def send(self, stream_id: int, payload: bytes) -> int:
-        stream, done = self.streams[stream_id], 0
-        while view := self.connection.reserve(stream, len(payload) - done):
-            view[:] = payload[done : done + len(view)]
-            self.connection.commit(stream, len(view))
-            done += len(view)
+        done = send(self.connection, self.streams[stream_id], payload)
         self.heard[stream_id].sent += payload[:done]
         return done
 
-    def owed(self) -> list[int]:
-        return [stream_id for stream_id, heard in self.heard.items() if heard.uncredited]
-
     def credit(self, stream_id: int, count: int) -> None:
-        heard = self.heard[stream_id]
-        count = min(count, heard.uncredited)
-        heard.uncredited -= count
-        self.connection.credit(self.streams[stream_id], count)
+        self.connection.credit(self.streams[stream_id], self.taken(stream_id, count))
 
     def end(self, stream_id: int) -> None:
         self.heard[stream_id].end_sent = True
@@ -212,11 +220,11 @@ class _Sink:
         """The test tries again anyway."""
 
 
-class Theirs:
+class Theirs(_Books):
     """A hyper-h2 connection."""
 
     def __init__(self, role: Role) -> None:
-        self.heard: dict[int, Heard] = {}
+        super().__init__()
         self.client = role is Role.CLIENT
         config = h2.config.H2Configuration(client_side=self.client, header_encoding="utf-8")
         self.h2 = h2.connection.H2Connection(config)
@@ -235,9 +243,7 @@ class Theirs:
         return stream_id
 
     def answerable(self) -> list[int]:
-        if self.client:
-            return []
-        return [i for i, heard in self.heard.items() if heard.status is None and heard.whole]
+        return [] if self.client else self.unanswered()
 
     def answer(self, stream_id: int, status: int) -> None:
         heard = self.heard[stream_id]
@@ -262,14 +268,8 @@ class Theirs:
             self.heard[stream_id].sent += payload
         return len(payload)
 
-    def owed(self) -> list[int]:
-        return [stream_id for stream_id, heard in self.heard.items() if heard.uncredited]
-
     def credit(self, stream_id: int, count: int) -> None:
-        heard = self.heard[stream_id]
-        count = min(count, heard.uncredited)
-        heard.uncredited -= count
-        self.h2.acknowledge_received_data(count, stream_id)
+        self.h2.acknowledge_received_data(self.taken(stream_id, count), stream_id)
 
     def end(self, stream_id: int) -> None:
         self.heard[stream_id].end_sent = True

@@ -17,36 +17,34 @@ from dataclasses import dataclass, field
 
 import hpack
 
+from pyambient.hbone import ErrorCode
+from pyambient.hbone.frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    MAX_31_BITS,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    frame,
+    window_update,
+)
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT
 from tests.bed import Channel, apps
 
 from .attacker import TIMEOUT, Credentials, connect_headers, context
 
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
-    *(0, 1, 3, 4, 6, 7, 8, 9),
-)
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-END_STREAM, END_HEADERS, ACK = 1, 4, 1
-NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR, CALM = (
-    *(0, 1, 3, 5, 6, 11),
-)
-_HUGE = (1 << 31) - 1
-
-
-def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
-    length = len(payload)
-    return struct.pack(">HBBBL", length >> 8, length & 255, kind, flags, stream_id) + payload
-
 
 def settings(**values: int) -> bytes:
     codes = {"initial_window": 4, "max_frame": 5}
     payload = b"".join(struct.pack(">HL", codes[name], value) for name, value in values.items())
     return frame(SETTINGS, 0, 0, payload)
-
-
-def window_update(stream_id: int, increment: int) -> bytes:
-    return frame(WINDOW_UPDATE, 0, stream_id, struct.pack(">L", increment))
 
 
 @dataclass(slots=True)
@@ -201,27 +199,38 @@ def _header_bomb(wire: Wire, authority: str, n: int) -> bytes:
 
 _PIECE = bytes(16_000)
 FLOODS = {
-    "rapid reset": Flood(_rapid_reset, CALM, ("client",)),
-    "resets of ours": Flood(_resets_of_ours, CALM, ("client",)),
-    "SETTINGS": Flood(_again(settings(initial_window=70_000)), CALM),
-    "SETTINGS acknowledgements": Flood(_again(frame(SETTINGS, ACK, 0)), CALM),
-    "PING": Flood(_again(frame(PING, 0, 0, bytes(8))), CALM),
-    "PING answers": Flood(_again(frame(PING, ACK, 0, bytes(8))), CALM),
-    "PRIORITY": Flood(_again(frame(2, 0, 1, bytes(5))), CALM),
-    "unknown frames": Flood(_again(frame(0x55, 0, 1, bytes(100))), CALM),
-    "empty DATA": Flood(_again(frame(DATA, 0, 1)), CALM),
-    "GOAWAY": Flood(_again(frame(GOAWAY, 0, 0, struct.pack(">LL", _HUGE, 0))), CALM),
-    "CONTINUATION": Flood(_again(frame(CONTINUATION, 0, 1), frame(HEADERS, 0, 1)), CALM),
-    "a header block without end": Flood(
-        _again(frame(CONTINUATION, 0, 1, _PIECE), frame(HEADERS, 0, 1, _PIECE)), CALM
+    "rapid reset": Flood(_rapid_reset, ErrorCode.ENHANCE_YOUR_CALM, ("client",)),
+    "resets of ours": Flood(_resets_of_ours, ErrorCode.ENHANCE_YOUR_CALM, ("client",)),
+    "SETTINGS": Flood(_again(settings(initial_window=70_000)), ErrorCode.ENHANCE_YOUR_CALM),
+    "SETTINGS acknowledgements": Flood(
+        _again(frame(SETTINGS, ACK, 0)), ErrorCode.ENHANCE_YOUR_CALM
     ),
-    "a header list that inflates": Flood(_header_bomb, CALM),
-    "a header frame over 64 KiB": Flood(_again(frame(HEADERS, 4, 1, bytes(70_000))), CALM),
-    "WINDOW_UPDATE by 0": Flood(_again(window_update(0, 0)), PROTOCOL_ERROR),
-    "WINDOW_UPDATE that overflows": Flood(_again(window_update(0, _HUGE)), FLOW_CONTROL_ERROR),
-    "a stream's window that overflows": Flood(_again(window_update(1, _HUGE)), None),
-    "a frame over 1 MiB": Flood(_again(b"\x10\0\1\0\0\0\0\0\1"), FRAME_SIZE_ERROR),
-    "DATA on an idle stream": Flood(_again(frame(DATA, 0, 99, b"x")), PROTOCOL_ERROR),
+    "PING": Flood(_again(frame(PING, 0, 0, bytes(8))), ErrorCode.ENHANCE_YOUR_CALM),
+    "PING answers": Flood(_again(frame(PING, ACK, 0, bytes(8))), ErrorCode.ENHANCE_YOUR_CALM),
+    "PRIORITY": Flood(_again(frame(2, 0, 1, bytes(5))), ErrorCode.ENHANCE_YOUR_CALM),
+    "unknown frames": Flood(_again(frame(0x55, 0, 1, bytes(100))), ErrorCode.ENHANCE_YOUR_CALM),
+    "empty DATA": Flood(_again(frame(DATA, 0, 1)), ErrorCode.ENHANCE_YOUR_CALM),
+    "GOAWAY": Flood(
+        _again(frame(GOAWAY, 0, 0, struct.pack(">LL", MAX_31_BITS, 0))), ErrorCode.ENHANCE_YOUR_CALM
+    ),
+    "CONTINUATION": Flood(
+        _again(frame(CONTINUATION, 0, 1), frame(HEADERS, 0, 1)), ErrorCode.ENHANCE_YOUR_CALM
+    ),
+    "a header block without end": Flood(
+        _again(frame(CONTINUATION, 0, 1, _PIECE), frame(HEADERS, 0, 1, _PIECE)),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "a header list that inflates": Flood(_header_bomb, ErrorCode.ENHANCE_YOUR_CALM),
+    "a header frame over 64 KiB": Flood(
+        _again(frame(HEADERS, 4, 1, bytes(70_000))), ErrorCode.ENHANCE_YOUR_CALM
+    ),
+    "WINDOW_UPDATE by 0": Flood(_again(window_update(0, 0)), ErrorCode.PROTOCOL_ERROR),
+    "WINDOW_UPDATE that overflows": Flood(
+        _again(window_update(0, MAX_31_BITS)), ErrorCode.FLOW_CONTROL_ERROR
+    ),
+    "a stream's window that overflows": Flood(_again(window_update(1, MAX_31_BITS)), None),
+    "a frame over 1 MiB": Flood(_again(b"\x10\0\1\0\0\0\0\0\1"), ErrorCode.FRAME_SIZE_ERROR),
+    "DATA on an idle stream": Flood(_again(frame(DATA, 0, 99, b"x")), ErrorCode.PROTOCOL_ERROR),
     "DATA after the end": Flood(
         _again(frame(DATA, 0, 1, _PIECE), frame(DATA, END_STREAM, 1) + frame(DATA, 0, 1, _PIECE)),
         None,
@@ -231,7 +240,7 @@ FLOODS = {
         _again(frame(DATA, 0, 1, _PIECE)), None, ("server",), steps=2000
     ),
     "padding longer than the frame": Flood(
-        _again(frame(DATA, 8, 1, b"\xff" + bytes(10))), PROTOCOL_ERROR
+        _again(frame(DATA, 8, 1, b"\xff" + bytes(10))), ErrorCode.PROTOCOL_ERROR
     ),
 }
 

@@ -11,26 +11,22 @@ import ssl
 import time
 from collections.abc import Callable
 
+from pyambient.hbone.frames import (
+    DATA,
+    END_STREAM,
+    HEADERS,
+    MAX_31_BITS,
+    PREFACE,
+    frame,
+    window_update,
+)
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT
 from tests.bed import Channel, apps
 
 from .attacker import TIMEOUT, Credentials, context
-from .hostile import (
-    DATA,
-    END_STREAM,
-    HEADERS,
-    PREFACE,
-    Outcome,
-    Wire,
-    accepted,
-    frame,
-    settings,
-    tunnel,
-    window_update,
-)
+from .hostile import Outcome, Wire, accepted, settings, tunnel
 
-_HUGE = (1 << 31) - 1
 _DRIP_SECONDS = 1.0
 
 
@@ -41,7 +37,11 @@ def deaf_clients(
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             wire = stack.enter_context(tunnel(to, credentials))
-            raw = PREFACE + settings(initial_window=_HUGE) + window_update(0, _HUGE - 65_535)
+            raw = (
+                PREFACE
+                + settings(initial_window=MAX_31_BITS)
+                + window_update(0, MAX_31_BITS - 65_535)
+            )
             for stream_id in range(1, 17, 2):
                 raw += wire.connect(stream_id, authority)
                 raw += frame(DATA, 0, stream_id, bytes(1_000_000))
@@ -52,7 +52,7 @@ def deaf_clients(
 
 def deaf_server(channel: Channel, host: str, credentials: Credentials) -> None:
     """Lets the client send without end, and never reads a byte of it."""
-    own = settings(initial_window=_HUGE) + window_update(0, _HUGE - 65_535)
+    own = settings(initial_window=MAX_31_BITS) + window_update(0, MAX_31_BITS - 65_535)
     with accepted(channel, host, credentials, own):
         channel.send("deaf")
         channel.receive()
@@ -90,10 +90,11 @@ def drip_hello(channel: Channel, to: SocketAddress, hello: bytes) -> None:
 
 
 def drip_preface(channel: Channel, to: SocketAddress, credentials: Credentials) -> None:
-    """TLS as it should be, then HTTP/2's preface, a byte a second."""
+    """TLS as it should be, then HTTP/2's preface, a byte a second; sends whether it was cut off."""
     with tunnel(to, credentials) as wire:
         channel.send("dripping")
         _drip(wire.send, PREFACE, lambda: wire.read() or wire.over)
+        channel.send(wire.over)
 
 
 def drip_data(

@@ -6,15 +6,12 @@ an app leaves in between.
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import RESOLVER_PORT
-from tests.bed import Bed, Network, Packet, apps, capturing
+from tests.bed import Bed, Network, apps, capturing
 from tests.bed.apps import ClientOptions
-from tests.bed.capture import TCP_SYN
 from tests.bed.network import ip
 
 from .conftest import Pair
@@ -33,25 +30,8 @@ def _configure_and_send(device: str, addresses: list[str], to: SocketAddress, po
     """As root in the pod: up, addressed and used, with nothing in between."""
     ip(f"link set {device} up", *(f"addr add {a} dev {device} nodad" for a in addresses))
     for bound in (None, device):
-        _connect(to, port, bound)
-        _ask(SocketAddress(to.ip, RESOLVER_PORT), port, bound)
-
-
-def _connect(to: SocketAddress, port: int, device: str | None) -> None:
-    with ClientOptions(device=device).socket(to) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        client.bind(("", port))
-        client.setblocking(False)
-        assert client.connect_ex(to.sockaddr())  # under way, or refused
-
-
-def _ask(resolver: SocketAddress, port: int, device: str | None) -> None:
-    with ClientOptions(device=device).socket(resolver, socket.SOCK_DGRAM) as client:
-        client.bind(("", port))
-        try:
-            client.sendto(b"a question", resolver.sockaddr())
-        except OSError:
-            return  # told that it cannot be sent
+        apps.send_syn(to, port, bound)
+        apps.send_datagram(SocketAddress(to.ip, RESOLVER_PORT), port, b"a question", bound)
 
 
 def test_nothing_leaves_in_the_moment_before(bed: Bed, strangers: Pair, family: str) -> None:
@@ -73,16 +53,10 @@ def test_nothing_leaves_in_the_moment_before(bed: Bed, strangers: Pair, family: 
             if port != _SOURCE_PORTS[-1]:
                 ip(f"link del up{port}")
         mesh.wait_until(lambda: not client.run(_refused, to), "answer by the last device")
-    assert [str(p) for p in capture.packets if _is_of_app(p)] == []
+    assert [str(p) for p in capture.packets if p.source.port in _SOURCE_PORTS and p.speaks] == []
     if strangers.backend == "tc":
         assert guard_of(mesh, client)["dropped"]["unguarded"] >= _ROUNDS
         mesh.wait_until(lambda: log_lines(mesh, client, "guard"), "line of the guard")
-
-
-def _is_of_app(packet: Packet) -> bool:
-    """What opens or carries anything; the kernel's bare answers do not (docs/security.md)."""
-    speaks = packet.payload or packet.flags & TCP_SYN or packet.protocol == socket.IPPROTO_UDP
-    return packet.source.port in _SOURCE_PORTS and bool(speaks)
 
 
 def _refused(to: SocketAddress) -> bool:

@@ -28,7 +28,6 @@ from tests.bed import (
     apps,
     capturing,
 )
-from tests.bed.capture import TCP_SYN
 from tests.bed.forging import Datagram, Forged, send_packets, send_tcp
 from tests.bed.nested import nested
 from tests.bed.snapshot import kernel_state
@@ -101,31 +100,15 @@ def _leaked(capture: Capture) -> list[str]:
 
 
 def _from_apps(packets: list[Packet]) -> list[str]:
-    """What opens or carries anything; the kernel's bare answers do not (docs/security.md)."""
-    return [
-        str(packet)
-        for packet in packets
-        if packet.source.port == _SOURCE_PORT
-        and (packet.payload or packet.flags & TCP_SYN or packet.protocol == socket.IPPROTO_UDP)
-    ]
+    return [str(p) for p in packets if p.source.port == _SOURCE_PORT and p.speaks]
 
 
 def _send_tcp(to: SocketAddress, device: str | None = None) -> None:
-    """One SYN, without waiting what becomes of it."""
-    with ClientOptions(device=device).socket(to) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        client.bind(("", _SOURCE_PORT))
-        client.setblocking(False)
-        assert client.connect_ex(to.sockaddr())
+    apps.send_syn(to, _SOURCE_PORT, device)
 
 
 def _send_query(to: SocketAddress, device: str | None = None) -> None:
-    with ClientOptions(device=device).socket(to, socket.SOCK_DGRAM) as client:
-        client.bind(("", _SOURCE_PORT))
-        try:
-            client.sendto(_MARKER, to.sockaddr())
-        except OSError:
-            return  # it was told that it cannot
+    apps.send_datagram(to, _SOURCE_PORT, _MARKER, device)
 
 
 def test_apps_get_nothing_out(mesh: BpfMesh, pods: tuple[BedPod, ...], family: str) -> None:

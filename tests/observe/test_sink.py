@@ -270,8 +270,13 @@ def test_lines_of_several_processes_stay_whole(pipe: Pipe) -> None:
     pids = []
     for name in names:
         if (pid := os.fork()) == 0:
-            LineSink(pipe.writing)._write([name * (200 + number % 700) for number in range(count)])
-            os._exit(0)
+            code = 1
+            try:
+                batch = [name * (200 + number % 700) for number in range(count)]
+                LineSink(pipe.writing)._write(batch)
+                code = 0
+            finally:
+                os._exit(code)
         pids.append(pid)
     pipe.close(pipe.writing)
     with os.fdopen(os.dup(pipe.reading), "rb") as reader:

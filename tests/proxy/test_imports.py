@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyambient.bench.processes import resident_bytes
 from tests.bed import CgroupTree
 from tests.bed.patience import patience
 
@@ -60,6 +61,4 @@ def test_a_worker_never_imports_pyroute2_rich_or_click(
 def test_a_worker_takes_at_most_60_mb(proxy: tuple[subprocess.Popen[str], str]) -> None:
     """Resident, libraries and all, before it has a pod."""
     process, _ = proxy
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    (resident,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
-    assert int(resident) << 10 <= MAX_RSS
+    assert resident_bytes(process.pid) <= MAX_RSS

@@ -36,11 +36,13 @@ _ELSEWHERE = (
 # The parameter, or the module; without what is around it, "tc" is in tcp and in match as well.
 _OF_TC = ("test_tc.py", "test_tc_dns.py", "test_tc_forwarded.py", "test_fence.py")
 _TC = f"([tc- or -tc- or -tc] or [tc] or {' or '.join(_OF_TC)})"
+# What is for BPF whatever the backend.
+_BPF = "(bpf or test_trace_reader.py or test_node_objects.py)"
 _SELECTION = {
-    "bpf": f"bpf and not foreign and not {_TC}",
+    "bpf": f"{_BPF} and not foreign and not {_TC}",
     "tc": _TC,
-    "nftables": f"nftables and not bpf and not {_TC}",
-    "iptables": f"not bpf and not nftables and not {_TC}",
+    "nftables": f"nftables and not {_BPF} and not {_TC}",
+    "iptables": f"not {_BPF} and not nftables and not {_TC}",
 }
 # Half a minute of an emulated CPU goes into an enrolment, which a module shares: what both families
 # and every kind of traffic do in one. BPF programs depend on the kernel most of all: bypasses, DNS,
