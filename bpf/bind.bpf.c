@@ -16,9 +16,11 @@ DEFINE_PROXY_SOCKETS;
 static __always_inline int may_bind(struct bpf_sock_addr *ctx, struct address *own)
 {
 	struct bpf_sock *sk;
+	struct pod *pod;
 
 	own->netns = bpf_get_netns_cookie(ctx);
-	if (!map_lookup(pods, &own->netns))
+	pod = map_lookup(pods, &own->netns);
+	if (!pod || pod->by != BY_HOOKS)
 		return 1;
 	if (!is_our_port(swap_port(own->netns, bpf_ntohs(ctx->user_port))))
 		return 1;

@@ -199,7 +199,6 @@ struct constants {
 	__u32 is_ethernet;		/* packets of this device have an Ethernet header */
 	__u32 counts_only;		/* the guard counts what it would drop, and lets it pass */
 	__u32 sign;			/* what the guard leaves in skb->hash for the node's, or 0 */
-	__u32 is_redirected;		/* by the pod's devices: backend `tc` */
 };
 
 #endif

@@ -158,10 +158,12 @@ static __always_inline int judge(struct bpf_sock_addr *ctx, const struct address
 				 __u32 *decision)
 {
 	struct bpf_sock *sk = ctx->sk;	/* once: a second load may be NULL again */
+	struct pod *pod;
 
 	if (sk && storage_get(proxy_sockets, sk, 0))
 		return map_lookup(addresses, to) ? to_app(ctx, sk, decision) : ALLOW;
-	if (!map_lookup(pods, &to->netns))
+	pod = map_lookup(pods, &to->netns);
+	if (!pod || pod->by != BY_HOOKS)
 		return ALLOW;
 	if (!sk)
 		return DENY;

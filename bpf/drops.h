@@ -2,7 +2,7 @@
 /*
  * What the guards of a pod dropped: a number for each reason, and the last
  * connections. Both maps are the pod's own, shared by the guards of its devices.
- * To be included after DEFINE_CONSTANTS and DEFINE_DNS_PODS.
+ * To be included after DEFINE_CONSTANTS.
  */
 #ifndef PYAMBIENT_DROPS_H
 #define PYAMBIENT_DROPS_H
@@ -70,14 +70,6 @@ static __always_inline int drop(const struct segment *seg, __u32 reason, __u16 h
 	note_drop(seg, reason);
 	trace_packet(&seg->ends, constant(netns), hook, 0, DECISION(what, reason, 0));
 	return constant(counts_only) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-}
-
-/* Whether queries over UDP are dropped, too. */
-static __always_inline int captures_dns(void)
-{
-	__u64 netns = constant(netns);
-
-	return map_lookup(dns_pods, &netns) != NULL;
 }
 
 #endif

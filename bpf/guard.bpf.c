@@ -26,14 +26,15 @@
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 DEFINE_PROBES;
-DEFINE_DNS_PODS;
 /* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
 DEFINE_HASH(existing, __u64, __u8, 1);
 /* Cookies of connections that the pod's selection let come in, from their SYN-ACK on. */
 DEFINE_LRU_HASH(let_in, __u64, __u8, 512);
 DEFINE_CONSTANTS;
 
+#include "dns_gate.h"
 #include "drops.h"
+#include "gate.h"
 
 #define PASS		-1
 
@@ -206,7 +207,7 @@ static __always_inline int judge_without(struct __sk_buff *skb, const struct seg
 	if (sk && (is_to_excluded(seg) || is_to_probe(seg)))
 		return pass_opening(skb);
 	if (skb->ingress_ifindex)
-		return constant(is_redirected) ? PASS : REASON_FORWARDED;
+		return is_captured_by_devices() ? PASS : REASON_FORWARDED;
 	return is_kernels_answer(skb, seg) ? PASS : REASON_FORWARDED;
 }
 
@@ -215,7 +216,7 @@ static __always_inline int judge_query(struct __sk_buff *skb, const struct segme
 {
 	if (is_excluded(constant(netns), OUTBOUND, seg->ends.to, RESOLVER_PORT))
 		return PASS;
-	if (!skb->sk && skb->ingress_ifindex && constant(is_redirected))
+	if (!skb->sk && skb->ingress_ifindex && is_captured_by_devices())
 		return PASS;
 	return REASON_DNS;
 }

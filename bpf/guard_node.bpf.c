@@ -11,9 +11,9 @@
  */
 #include "maps.h"
 
-DEFINE_DNS_PODS;
 DEFINE_CONSTANTS;
 
+#include "dns_gate.h"
 #include "drops.h"
 
 /*

@@ -25,6 +25,8 @@ DEFINE_NOTES;
 DEFINE_PROBES;
 DEFINE_CONSTANTS;
 
+#include "gate.h"
+
 /*
  * Of both ends, so that a connection's later segments find the listener of its
  * SYN. Fields of the other family are 0.
@@ -186,7 +188,7 @@ static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const __u32 *
 {
 	struct connection syn = { .netns = constant(netns) };
 
-	if (!constant(is_redirected))
+	if (!is_captured_by_devices())
 		return 0;
 	if (constant(has_ingress_ifindex))
 		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;

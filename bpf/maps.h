@@ -50,7 +50,12 @@ struct listener {
 
 struct pod {
 	__u32 inode;	/* of the namespace: for people who read the map */
+	__u32 by;	/* what captures its connections */
 };
+
+/* What captures: hooks on the calls of apps, or the devices of the pod (backend `tc`). */
+#define BY_HOOKS	1
+#define BY_DEVICES	2
 
 struct pod_port {
 	__u64 netns;
@@ -96,11 +101,8 @@ struct resolver {
 	__u32 padding;
 };
 
-/* The gate: connect and bind hooks leave every namespace alone that is not in here. */
+/* The gate: no namespace is captured that is not in here. */
 #define DEFINE_PODS DEFINE_HASH(pods, __u64, struct pod, 4096)
-
-/* The gate of backend `tc`: namespaces whose devices turn new connections to the proxy. */
-#define DEFINE_REDIRECTED DEFINE_HASH(redirected, __u64, struct pod, 4096)
 
 /* Ports of a pod that have changed places, each with the other (ports.h). */
 #define DEFINE_MOVED_PORTS DEFINE_HASH(moved_ports, struct pod_port, __u32, 16384)
@@ -145,8 +147,6 @@ struct resolver {
 
 /* The pods whose DNS goes to the proxy while they are enrolled, and what sends it there. */
 #define DEFINE_DNS_PODS DEFINE_HASH(dns_pods, __u64, __u8, 4096)
-#define BY_HOOKS	1	/* on the calls of apps: dns.bpf.c */
-#define BY_DEVICES	2	/* of the pod: query.h */
 
 /* Which resolver a slot of a pod stands for (dns.bpf.c). */
 #define DEFINE_RESOLVERS DEFINE_HASH(resolvers, struct slot, struct resolver, 131072)

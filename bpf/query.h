@@ -14,6 +14,7 @@
 #ifndef PYAMBIENT_QUERY_H
 #define PYAMBIENT_QUERY_H
 
+#include "dns_gate.h"
 #include "ports.h"
 #include "segment.h"
 
@@ -21,7 +22,6 @@
 #define UDP_DEST	2
 #define UDP_CHECK	6
 
-DEFINE_DNS_PODS;
 DEFINE_FORWARDED_QUERIES;
 DEFINE_SPLIT_QUERIES;
 
@@ -29,14 +29,6 @@ DEFINE_SPLIT_QUERIES;
 static __always_inline __be16 dns_port(void)
 {
 	return bpf_htons(swap_port(constant(netns), DNS_PORT));
-}
-
-static __always_inline int captures_dns(void)
-{
-	__u64 netns = constant(netns);
-	__u8 *by = map_lookup(dns_pods, &netns);
-
-	return by && *by == BY_DEVICES;
 }
 
 /* Only the first fragment has ports. */

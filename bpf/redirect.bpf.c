@@ -8,6 +8,9 @@
  * for `bpf`; assigning it here would bypass what the kernel does with tuples
  * in TIME_WAIT.
  *
+ * While the pod changes over to `bpf`, or from it, the hooks may leave a SYN to
+ * this program that it finds given to the hooks: it takes whatever comes so far.
+ *
  * What follows is known by a note on the app's socket. A connection that the
  * pod forwards (of a nested namespace, of a virtual machine) has no socket
  * here, so its ends are remembered instead. A connection from before the
@@ -28,12 +31,12 @@
 #define RST_AND_ACK	0x14
 #define LOCALLY_ADMINISTERED	0x02	/* first byte of a link-layer address that no device has */
 
-DEFINE_REDIRECTED;
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 DEFINE_FORWARDED;
 DEFINE_CONSTANTS;
 
+#include "gate.h"
 #include "query.h"
 #include "trace.h"
 
@@ -152,7 +155,7 @@ static __always_inline int opens(struct __sk_buff *skb, struct bpf_sock *sk,
 	__u64 netns = constant(netns);
 	__u32 port;
 
-	if (!map_lookup(redirected, &netns))
+	if (!is_captured())
 		return passes(sk, &syn->ends);
 	*decision = DECISION(EVENT_EXCLUDED, 0, 0);
 	if (is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))

@@ -7,6 +7,9 @@ the steering of the one before are undone. In between both see the pod's new con
 whichever comes first they reach the same proxy: a socket that `bpf` marked is one that netfilter's
 rules accept, and what they redirect sk_lookup takes to the same listener.
 
+`bpf` and `tc` have one gate, an entry that says which of them captures: it is exchanged at one
+moment, and what else they share stays (`Replacing`). Neither must undo what the other goes on with.
+
 Where a connection wanted to go conntrack knows, or the socket itself. While a netfilter backend is
 there the proxy asks conntrack first, which knows connections of the others as what they are. So the
 proxy is told of a netfilter backend before it captures, and of another one when it alone captures.
@@ -19,11 +22,12 @@ the record names, and then takes the other away.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import trio
 
-from pyambient.errors import PyambientError, UsageError
+from pyambient.errors import PyambientError
 from pyambient.intercept.choose import choose
 from pyambient.intercept.interface import Plan, Replacing, Site, Stage, Step
 from pyambient.intercept.options import CaptureOptions
@@ -40,7 +44,6 @@ from .records import Record, RecordStore
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _STEERING: Final = (Stage.STEER, Stage.GATE)
 NETFILTER: Final = frozenset(("nftables", "iptables"))
-_IN_ITS_PLACE: Final = {"bpf": "tc", "tc": "bpf"}
 _log = get_logger("switch")
 
 
@@ -94,24 +97,8 @@ class Switch:
 def _plan(enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions) -> Plan:
     interceptor = choose(backend, site, enrolled.netns, options)
     record = enrolled.record
-    _refuse_same_place(record, interceptor.name)
     preflight(enrolled.target, site, interceptor.name, (*record.leaving, *record.steps))
     return interceptor.plan(enrolled.target, network_of(enrolled.target, record.ports), options)
-
-
-def _refuse_same_place(record: Record, backend: str) -> None:
-    """Those of BPF pin a pod's programs in one place: they cannot be there side by side."""
-    label, other = record.netns.label, _IN_ITS_PLACE.get(backend)
-    if other == record.backend:
-        raise UsageError(
-            f"{label} cannot change from {other} to {backend} at once",
-            f"go by 'pyambient enroll {label} --backend nftables', or unenroll it first",
-        )
-    if any(step.kind == f"{other}-node" for step in record.leaving):
-        raise UsageError(
-            f"connections of {label} still need what it had of {other}",
-            "try again when they have ended, or after --drain-timeout",
-        )
 
 
 def _begin(
@@ -125,24 +112,40 @@ def _begin(
 
 
 def _take_back(enrolled: Enrolled, before: Record, added: list[Step], store: RecordStore) -> None:
-    """Undo what was added, and apply again what it had taken the place of.
+    """Apply again what was replaced, and undo what else was added.
 
     What cannot be undone now is `leaving`. Nothing is raised: what the caller has to tell is why
     there is something to undo at all.
     """
-    pod = enrolled.target
-    recorded = [step for step in enrolled.record.steps if step in added]
-    stuck: tuple[Step, ...] = ()
+    regained = [s for s in (*before.leaving, *before.steps) if any(_replaces(s, n) for n in added)]
+    kept = [new for new in added if any(_replaces(step, new) for step in regained)]
+    stuck = tuple(s for s in enrolled.record.steps if s in added and s not in kept)
     try:
-        undo_stages(pod, recorded)
-    except StepFailed as failure:
-        stuck = failure.steps
-        _log.error("a backend that failed stays", pod=str(before.pod), error=str(failure))
-    try:
-        write(enrolled, before.changed(leaving=(*before.leaving, *stuck)), store)
-        apply_recorded(enrolled, [step for step, _ in lost(pod, before.steps)], store)
+        apply_recorded(enrolled, regained, store)
+        stuck = _undo(enrolled, stuck)
     except (PyambientError, OSError) as error:
         _log.error("the former backend is not whole", pod=str(before.pod), error=str(error))
+    write(enrolled, before.changed(leaving=(*before.leaving, *stuck)), store)
+    try:
+        _make_whole(enrolled, store)
+    except (PyambientError, OSError) as error:
+        _log.error("the former backend is not whole", pod=str(before.pod), error=str(error))
+
+
+def _undo(enrolled: Enrolled, steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Undo these; those that could not be undone, which the log tells."""
+    try:
+        undo_stages(enrolled.target, steps)
+    except StepFailed as failure:
+        _log.error("not all of a backend goes", pod=str(enrolled.record.pod), error=str(failure))
+        return failure.steps
+    return ()
+
+
+def _make_whole(enrolled: Enrolled, store: RecordStore) -> None:
+    """Apply again what got lost of the backend that the record names."""
+    gone = [step for step, _ in lost(enrolled.target, enrolled.record.steps)]
+    apply_recorded(enrolled, gone, store)
 
 
 def _withdraw(
@@ -154,12 +157,7 @@ def _withdraw(
 ) -> None:
     """Stop the former capture; what its connections need goes on under `leaving`."""
     left = [s for s in present if s not in plan.steps and not _is_replaced(s, plan)]
-    stuck: tuple[Step, ...] = ()
-    try:
-        undo_stages(enrolled.target, left, _STEERING)
-    except StepFailed as failure:
-        stuck = tuple(step for step in failure.steps if step.stage in _STEERING)
-        _log.error("a former capture stays", pod=str(enrolled.record.pod), error=str(failure))
+    stuck = _undo(enrolled, [step for step in left if step.stage in _STEERING])
     known = {step: step for step in enrolled.record.steps}
     changed = enrolled.record.changed(
         backend=plan.backend,
@@ -173,10 +171,16 @@ def _withdraw(
 
 
 def _is_replaced(step: Step, plan: Plan) -> bool:
-    return any(isinstance(new, Replacing) and new.takes_over(step) for new in plan.steps)
+    return any(_replaces(new, step) for new in plan.steps)
+
+
+def _replaces(step: Step, earlier: Step) -> bool:
+    return isinstance(step, Replacing) and step.takes_over(earlier)
 
 
 def _tidy(enrolled: Enrolled, store: RecordStore) -> None:
+    """What captures now has to be whole before what captured before can go."""
+    _make_whole(enrolled, store)
     try:
         undo_stages(enrolled.target, enrolled.record.leaving)
     except StepFailed as failure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import socket
 import struct
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from pyambient.model.ports import Ports
 
 from . import lo_filter
 from .bpf_node import NodePrograms
-from .interface import Pod, Stage, step
+from .interface import Pod, Stage, Step, step
 from .kernel_objects import AttachType, Link, Map, program_info
 from .loader import Constants, load
 from .node_hooks import BPF, TRACE_MAPS, Place, ProgramSet
@@ -31,7 +32,7 @@ from .node_pins import detach_pinned, existing_map, node_map, pod_directory, use
 from .original_dns import RESOLVERS_MAP, slot_key
 
 _LOOKUP_MAPS = (
-    *("addresses", "listeners", "workers", "upstreams", "selections", "dns_pods", "probes"),
+    *("pods", "addresses", "listeners", "workers", "upstreams", "selections", "dns_pods", "probes"),
     *TRACE_MAPS,
 )
 _LINK_PIN = "sk_lookup"
@@ -71,6 +72,10 @@ class NodeStep:
         constants = Constants(0, self.node, self.has_ingress_ifindex, self.has_set_retval)
         self._node.claim(pod.uid, constants)
         return self
+
+    def takes_over(self, earlier: Step) -> bool:
+        """What only the other backend needs stays until no pod is left."""
+        return isinstance(earlier, NodeStep)
 
     def undo(self, pod: Pod) -> None:
         self._node.release(pod.uid)
@@ -221,6 +226,13 @@ class CapturedDevice(MapEntry):
         return b"\1"
 
 
+class CapturedBy(enum.IntEnum):
+    """BY_HOOKS and BY_DEVICES of bpf/maps.h."""
+
+    HOOKS = 1
+    DEVICES = 2
+
+
 @step
 @dataclass(frozen=True, slots=True)
 class DnsGate(MapEntry):
@@ -229,13 +241,16 @@ class DnsGate(MapEntry):
     kind: ClassVar[str] = "bpf-dns-gate"
     stage: ClassVar[Stage] = Stage.GATE
     map_name: ClassVar[str] = "dns_pods"
-    captured_by: ClassVar[int] = 1  # BY_HOOKS of bpf/maps.h
+    by: ClassVar[CapturedBy] = CapturedBy.HOOKS
 
     def describe(self) -> str:
-        return "bpf map dns_pods += this network namespace"
+        return f"bpf map {self.map_name} += this network namespace, by {self.by.name.lower()}"
 
-    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - the key says it all
-        return bytes((self.captured_by,))
+    def takes_over(self, earlier: Step) -> bool:
+        return isinstance(earlier, DnsGate)
+
+    def _value(self, pod: Pod) -> bytes:  # noqa: ARG002 - of a namespace there is nothing to add
+        return bytes((self.by,))
 
 
 @step
@@ -281,12 +296,16 @@ class Gate(MapEntry):
     kind: ClassVar[str] = "bpf-gate"
     stage: ClassVar[Stage] = Stage.GATE
     map_name: ClassVar[str] = "pods"
+    by: ClassVar[CapturedBy] = CapturedBy.HOOKS
 
     def describe(self) -> str:
-        return "bpf map pods += this network namespace"
+        return f"bpf map {self.map_name} += this network namespace, by {self.by.name.lower()}"
+
+    def takes_over(self, earlier: Step) -> bool:
+        return isinstance(earlier, Gate)
 
     def _value(self, pod: Pod) -> bytes:
-        return struct.pack("=I", pod.netns.inode)
+        return struct.pack("=II", pod.netns.inode, self.by)
 
 
 @step
@@ -366,7 +385,6 @@ class SkLookup:
     bpffs: str
     cookie: int
     has_ingress_ifindex: bool
-    is_redirected: bool = False
 
     def describe(self) -> str:
         return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
@@ -374,11 +392,7 @@ class SkLookup:
     def apply(self, pod: Pod) -> Self:
         if self.missing(pod) is None:
             return self
-        constants = Constants(
-            self.cookie,
-            has_ingress_ifindex=self.has_ingress_ifindex,
-            is_redirected=self.is_redirected,
-        )
+        constants = Constants(self.cookie, has_ingress_ifindex=self.has_ingress_ifindex)
         with (
             self._existing_maps(pod) as shared,
             load("lookup", constants, shared) as loaded,

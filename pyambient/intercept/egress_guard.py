@@ -30,7 +30,7 @@ from .node_hooks import TRACE_MAPS
 from .node_pins import existing_map
 
 _NODE_MAPS: Final = (
-    *("proxy_sockets", "captured_socks", "selections", "probes", "dns_pods"),
+    *("proxy_sockets", "captured_socks", "selections", "probes", "pods", "dns_pods"),
     *TRACE_MAPS,
 )
 
@@ -40,8 +40,7 @@ _NODE_MAPS: Final = (
 class EgressGuard(DeviceProgram):
     """The guard on one device. What is redirected by a program ahead of it never comes here.
 
-    With `counts_only` it drops nothing; `signs` is for the guard on the node. `behind_redirect`,
-    what the pod forwards has been judged there.
+    With `counts_only` it drops nothing; `signs` is for the guard on the node.
     """
 
     kind: ClassVar[str] = "bpf-guard"
@@ -51,7 +50,6 @@ class EgressGuard(DeviceProgram):
     cookie: int
     counts_only: bool = False
     signs: bool = False
-    behind_redirect: bool = False
 
     @contextlib.contextmanager
     def load(self, pod: Pod) -> Iterator[LoadedObject]:
@@ -62,7 +60,6 @@ class EgressGuard(DeviceProgram):
             is_ethernet=self.is_ethernet(pod),
             counts_only=self.counts_only,
             sign=sign_of(pod) if self.signs else 0,
-            is_redirected=self.behind_redirect,
         )
         with contextlib.ExitStack() as stack:
             shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}

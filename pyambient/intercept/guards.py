@@ -11,19 +11,14 @@ from .options import CaptureOptions
 
 
 def guards(
-    bpffs: str,
-    cookie: int,
-    network: PodNetwork,
-    options: CaptureOptions,
-    *,
-    behind_redirect: bool = False,
+    bpffs: str, cookie: int, network: PodNetwork, options: CaptureOptions
 ) -> tuple[Step, ...]:
     """The last steps of a plan: on each device, and behind each one on the node if wanted."""
     if options.guard == "off":
         return ()
     counts_only = options.guard == "count"
     inside = [
-        EgressGuard(bpffs, device, cookie, counts_only, options.guard_node, behind_redirect)
+        EgressGuard(bpffs, device, cookie, counts_only, options.guard_node)
         for device in network.devices
     ]
     outside = [NodeGuard(bpffs, device, cookie, counts_only) for device in network.devices]

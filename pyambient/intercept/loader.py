@@ -75,10 +75,9 @@ class Constants:
     is_ethernet: bool = False
     counts_only: bool = False
     sign: int = 0
-    is_redirected: bool = False
 
     def packed(self) -> bytes:
-        return struct.pack("=QQ6I", *dataclasses.astuple(self))
+        return struct.pack("=QQ5I4x", *dataclasses.astuple(self))
 
 
 class BpfObject:

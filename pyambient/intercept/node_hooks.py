@@ -18,7 +18,7 @@ MAPS: Final = (
     *("probe_sockets", "probes", "moved_ports"),
     *TRACE_MAPS,
 )
-REDIRECT_MAPS: Final = ("redirected", "forwarded", "forwarded_dns", "split_dns")
+REDIRECT_MAPS: Final = ("forwarded", "forwarded_dns", "split_dns")
 ALL_MAPS: Final = MAPS + REDIRECT_MAPS
 PROGRAM_PREFIX: Final = "pyamb_"
 

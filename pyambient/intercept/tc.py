@@ -98,10 +98,10 @@ class Tc:
             *selection_entries(bpffs, cookie, options),
             *(() if by_ifindex else (LoopbackNote(bpffs, cookie),)),
             ProxyListeners(bpffs, str(self._cgroup), cookie, tuple(network.ports)),
-            SkLookup(bpffs, cookie, by_ifindex, is_redirected=True),
+            SkLookup(bpffs, cookie, by_ifindex),
             *((RedirectDnsGate(bpffs, cookie),) if options.dns else ()),
             RedirectGate(bpffs, cookie),
-            *guards(bpffs, cookie, network, options, behind_redirect=True),
+            *guards(bpffs, cookie, network, options),
             *fence(bpffs, cookie, network, options),
         )
         return Plan(self.name, network, steps)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-from .bpf_steps import DnsGate, MapEntry, NodeStep
+from .bpf_steps import CapturedBy, DnsGate, Gate, NodeStep
 from .device_program import DevicePlace, DeviceProgram, Direction
-from .interface import Pod, Stage, step
+from .interface import Pod, step
 from .loader import Constants, LoadedObject, load
 from .node_hooks import TC, TRACE_MAPS, ProgramSet
 from .node_pins import existing_map
 
 _SHARED: Final = (
-    *("listeners", "workers", "redirected", "selections"),
+    *("listeners", "workers", "pods", "selections"),
     *("proxy_sockets", "captured_socks", "forwarded"),
     *("dns_pods", "forwarded_dns", "split_dns", "moved_ports"),
     *TRACE_MAPS,
@@ -72,23 +71,13 @@ class RedirectDnsGate(DnsGate):
     """From here on its devices turn the pod's DNS round, too."""
 
     kind: ClassVar[str] = "tc-dns-gate"
-    captured_by: ClassVar[int] = 2  # BY_DEVICES of bpf/maps.h
-
-    def describe(self) -> str:
-        return "bpf map dns_pods += this network namespace, by its devices"
+    by: ClassVar[CapturedBy] = CapturedBy.DEVICES
 
 
 @step
 @dataclass(frozen=True, slots=True)
-class RedirectGate(MapEntry):
+class RedirectGate(Gate):
     """From here on the pod's new connections are turned round."""
 
     kind: ClassVar[str] = "tc-gate"
-    stage: ClassVar[Stage] = Stage.GATE
-    map_name: ClassVar[str] = "redirected"
-
-    def describe(self) -> str:
-        return "bpf map redirected += this network namespace"
-
-    def _value(self, pod: Pod) -> bytes:
-        return struct.pack("=I", pod.netns.inode)
+    by: ClassVar[CapturedBy] = CapturedBy.DEVICES

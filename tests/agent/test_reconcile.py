@@ -102,7 +102,7 @@ _OF_TC = {
     "bpf-guard": _unpin("pods/{uid}/guard-eth0"),
     "tc-node": _unpin("node/proxy_connect4"),
     "bpf-listeners": _empty("listeners"),
-    "tc-gate": _empty("redirected"),
+    "tc-gate": _empty("pods"),
     "nftables-fence": _run("nft delete table inet pyambient"),
 }
 _OF_NFTABLES = {

@@ -178,7 +178,7 @@ _SABOTAGE = {
         _OVER_TCP | _PLAIN,
         "",
     ),
-    "tc-no-gate": _Sabotage("tc", _forget("redirected"), _OVER_TCP, "left the pod unseen"),
+    "tc-no-gate": _Sabotage("tc", _forget("pods"), _OVER_TCP, "left the pod unseen"),
     "nftables-no-outbound": _Sabotage(
         "nftables",
         _in_pod("nft flush chain ip pyambient outbound"),

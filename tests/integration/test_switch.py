@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 
 import pytest
 
 from pyambient.model.address import SocketAddress
 from tests.bed import Bed, Channel, Child, Mesh, apps, capturing
+from tests.dns import build
 
+from . import resolver
 from .conftest import _NAMES, Pair, assert_all_tunnelled
 
 _MARKER = b"plaintext that must not be on the wire"
+_APPS_PORT = 4000  # none that the kernel would choose for the proxy
 _PAIRS = (
     *itertools.permutations(("bpf", "nftables", "iptables"), 2),
     *(("tc", "nftables"), ("iptables", "tc")),
+    *(("bpf", "tc"), ("tc", "bpf")),
 )
 
 
@@ -79,6 +85,39 @@ def test_nothing_gets_past_the_mesh_meanwhile(switching: tuple[Pair, str], famil
     assert failures == []
     assert answers > 0
     assert_all_tunnelled(capture, client, server, _MARKER)
+
+
+def _keep_querying(channel: Channel, there: SocketAddress) -> int:
+    """Ask a resolver again and again from one port until told to stop: how many answers came."""
+    answers = 0
+    with apps.listener(_APPS_PORT, kind=socket.SOCK_DGRAM) as client:
+        client.settimeout(0.1)
+        channel.send("started")
+        ip = there.ip if there.is_ipv6 else f"::ffff:{there.ip}"
+        while not channel.poll():
+            with contextlib.suppress(OSError):
+                client.sendto(build.query(), (ip, there.port))
+                answers += bool(client.recv(512))
+    return answers
+
+
+def test_no_query_gets_past_the_mesh_meanwhile(switching: tuple[Pair, str], family: str) -> None:
+    """A resolver outside is asked by the proxy, from ports of its own, and never by the app."""
+    pair, after = switching
+    there = SocketAddress(pair.outside.address(family), resolver.PORT)
+    resolving = pair.outside.spawn(resolver.resolver, uid=0, gid=0)
+    assert resolving.receive() == "listening"
+    pair.enroll()
+    with capturing(pair.client) as capture:
+        asking = pair.client.spawn(_keep_querying, there)
+        assert asking.receive() == "started"
+        for backend in (after, pair.backend):
+            _switch(pair, backend)
+        asking.send("stop")
+        assert asking.wait() > 0
+    asked = [packet for packet in capture.packets if packet.destination == there]
+    assert asked
+    assert [str(packet) for packet in asked if _APPS_PORT in packet.ports] == []
 
 
 def test_direct_connections_outlive_the_proxy(strangers: Pair, family: str) -> None:

@@ -112,8 +112,8 @@ def test_maps_are_shared(isolated: None) -> None:
         connect = load("connect", Constants(), {"pods": pods})
         with connect, connect.maps()["pods"] as used:
             assert used.identifier == pods.identifier
-        pods.put(struct.pack("=Q", 7), struct.pack("=I", 9))
-        assert pods.get(struct.pack("=Q", 7)) == struct.pack("=I", 9)
+        pods.put(struct.pack("=Q", 7), struct.pack("=II", 9, 1))
+        assert pods.get(struct.pack("=Q", 7)) == struct.pack("=II", 9, 1)
         assert list(pods.keys()) == [struct.pack("=Q", 7)]
         pods.delete(struct.pack("=Q", 7))
         pods.delete(struct.pack("=Q", 7))

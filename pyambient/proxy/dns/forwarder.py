@@ -75,6 +75,8 @@ class Forwarder:
         """Take over another `lookup`: the pod's interception has changed."""
         before, self._scope.lookup = self._scope.lookup, lookup
         before.close()
+        if self._datagrams is not None:
+            self._datagrams.suit(self._scope.pod.details.backend)
 
     def drain(self) -> None:
         """Accept no more connections; close those that are there when they are answered."""

@@ -45,6 +45,11 @@ def answer_mark(backend: str) -> int:
     return _MARKS.get(backend, 0)
 
 
+def mark_answers(sock: socket.socket, backend: str) -> None:
+    """Have what a listener sends from now on bear the mark that this backend wants."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, answer_mark(backend))
+
+
 def datagram_listener(netns: Netns, backend: str, port: int = DNS_PORT) -> socket.socket:
     """A UDP socket on every address of the pod, both families where the kernel has IPv6.
 

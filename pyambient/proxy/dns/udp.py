@@ -86,6 +86,10 @@ class Datagrams:
         except OSError:
             self.scope.counters.unsent += 1
 
+    def suit(self, backend: str) -> None:
+        """Answer from now on as this backend wants it."""
+        sockets.mark_answers(self._sock, backend)
+
     def close(self) -> None:
         """Stop; queries in flight are their share's to drop."""
         if self._sock.fileno() >= 0:
