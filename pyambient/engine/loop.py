@@ -39,11 +39,13 @@ Handler = Callable[[int], None]
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
 GONE = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+# A short read gave all there was, but for these: recv(2) stops short of urgent data and of the end.
+BEYOND = GONE | select.EPOLLPRI
 # A peer's reset, not its FIN: that may be a half-close.
 RESET = select.EPOLLHUP | select.EPOLLERR
 # An app socket is watched edge-triggered: no epoll_ctl per block. At first not for OUT, as every
 # socket is writable to begin with, and that event would cost a connection a turn of the loop.
-APP_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+APP_EVENTS = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 ALL_APP_EVENTS = APP_EVENTS | select.EPOLLOUT
 _EVENTS_A_TURN = 256
 

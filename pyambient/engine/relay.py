@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 from pyambient.hbone import HEADER_SIZE, ErrorCode, Headers, Stream
 
-from .loop import ALL_APP_EVENTS, APP_EVENTS, GONE, IN, OUT, Loop
+from .loop import ALL_APP_EVENTS, APP_EVENTS, BEYOND, IN, OUT, Loop
 from .reservoir import Reservoir
 from .tunnel import Tunnel
 
@@ -52,8 +52,8 @@ class StreamRelay:
     __slots__ = (
         "_app_ended",
         "_backlog",
+        "_exhaust",
         "_fd",
-        "_hung_up",
         "_loop",
         "_open",
         "_peer_ended",
@@ -86,7 +86,7 @@ class StreamRelay:
         self._loop = loop
         self._fd = sock.fileno()
         self._open = False
-        self._readable = self._hung_up = self._queued = False
+        self._readable = self._exhaust = self._queued = False
         self._app_ended = self._peer_ended = self._watching_out = False
         self._backlog: bytearray | None = None
         self._want = _READ_MIN
@@ -114,14 +114,14 @@ class StreamRelay:
             return
         if mask & OUT and self._backlog is not None and self._open:
             self._drain()
-        if mask & (IN | GONE):
+        if mask & (IN | BEYOND):
             self._readable = True
-            if mask & GONE:
-                self._hung_up = True
+            if mask & BEYOND:
+                self._exhaust = True
             if self._fd >= 0:
                 if self._open:
                     self.pump()
-                elif self._hung_up:
+                elif self._exhaust:
                     self._check_gone()
 
     def _check_gone(self) -> None:
@@ -177,7 +177,7 @@ class StreamRelay:
             self._after_full_block()
             return
         self._loop.flush_soon(self.tunnel)
-        if self._hung_up:
+        if self._exhaust:
             self._requeue()
         else:
             self._readable = False

@@ -20,14 +20,20 @@ class Reservoir:
         self.on_full: Callable[[], None] | None = None
         self.held = 0
 
+    def fits(self, count: int) -> bool:
+        """Whether `take` would keep so many bytes more."""
+        whole = self.whole
+        return self.held + count <= self.limit and (whole is None or whole.fits(count))
+
     def take(self, count: int) -> bool:
         """Keep `count` bytes more; False, and nothing is taken, if that is too much."""
-        fits = self.held + count <= self.limit
-        if not fits or (self.whole is not None and not self.whole.take(count)):
+        if not self.fits(count):
             if self.on_full is not None:
                 self.on_full()
             return False
         self.held += count
+        if self.whole is not None:
+            self.whole.take(count)
         return True
 
     def give(self, count: int) -> None:

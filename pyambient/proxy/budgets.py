@@ -10,7 +10,8 @@ engine's: `engine/pacing.py`.)
 
 Whoever asks for more is refused at once, at the least cost, and counted in `refused` by the name of
 the budget. The log says so at most once in ten seconds for each pod and budget, with the number:
-a line for each refusal would be the next flood.
+a line for each refusal would be the next flood. Whoever is refused a pipe loses nothing by that,
+and is only counted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ HANDSHAKES = "handshakes under way"
 HANDSHAKE_RATE = "handshakes of one source"
 SOURCE_HANDSHAKES = "handshakes of one source under way"
 BUFFERED = "buffered bytes"
+PIPES = "pipes"
+_ENDS_OF_A_PIPE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +160,17 @@ class PodBudget:
 
     def may_take(self, descriptors: int) -> bool:
         """Whether there are so many for another connection; if not, refuse it."""
-        limits, whole = self._whole.limits, self._whole
-        if (
-            self.descriptors + descriptors <= limits.pod_descriptors
-            and whole.descriptors + descriptors <= limits.descriptors
-        ):
+        if self._has_room(descriptors):
             return True
         self.refuse(DESCRIPTORS)
         return False
+
+    def _has_room(self, descriptors: int) -> bool:
+        limits, whole = self._whole.limits, self._whole
+        return (
+            self.descriptors + descriptors <= limits.pod_descriptors
+            and whole.descriptors + descriptors <= limits.descriptors
+        )
 
     def take(self, count: int) -> None:
         """A connection has so many descriptors; `give` them back when it is over."""
@@ -174,6 +180,27 @@ class PodBudget:
     def give(self, count: int) -> None:
         self.descriptors -= count
         self._whole.descriptors -= count
+
+    def take_pipe(self, size: int) -> bool:
+        """Whether bulk may go by a pipe that can keep so much; if not, it goes as all else does.
+
+        So nobody is refused anything, and the log has nothing to say.
+        """
+        if not self._has_room(_ENDS_OF_A_PIPE) or not self.buffered.fits(size):
+            self.miss_pipe()
+            return False
+        self.take(_ENDS_OF_A_PIPE)
+        self.buffered.take(size)
+        return True
+
+    def give_pipe(self, size: int) -> None:
+        self.give(_ENDS_OF_A_PIPE)
+        self.buffered.give(size)
+
+    def miss_pipe(self) -> None:
+        """Count that there was none."""
+        self.refused[PIPES] += 1
+        self._whole.refused[PIPES] += 1
 
     def begin_handshake(self, source: str) -> str:
         """Why a peer's handshake may not begin, or nothing; then `end_handshake` follows."""

@@ -87,9 +87,12 @@ class PlainConnection:
         if error is not None:
             self._fail(self._explain(error))
             return
-        worker, far = self._scope.worker, self._far
+        scope, far = self._scope, self._far
         assert far is not None  # noqa: S101 - begin() made it
-        relay = self._relay = PlainRelay(worker.loop, self._near, far, worker.buffers)
+        worker = scope.worker
+        relay = PlainRelay(worker.loop, self._near, far, worker.buffers, scope.splicer)
+        relay.reservoir = scope.budget.buffered
+        self._relay = relay
         relay.on_finished = self._relay_finished
         self._log_opened()
         relay.start()

@@ -12,6 +12,7 @@ import trio
 from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import Loop
 from pyambient.engine.pacing import Pacer
+from pyambient.engine.splicing import PipePool, Splicer
 from pyambient.engine.tls import SharedBuffers
 from pyambient.hbone import LocalSettings, OutputPool
 from pyambient.identity.certificate import Certificate, IdentityError
@@ -64,6 +65,7 @@ class Worker:
         self.contexts = Contexts()
         self.buffers = SharedBuffers()
         self.outputs = OutputPool()
+        self.pipes = PipePool()
         self.handshakes = Pacer(loop)
         self.budgets = Budgets(limits)
         self.connects = Deadlines(CONNECT_TIMEOUT)
@@ -131,6 +133,7 @@ class PodScope:
     identity: SpiffeId = field(init=False)
     stock: Stock = field(init=False)
     budget: PodBudget = field(init=False)
+    splicer: Splicer = field(init=False)
     datagram_stock: Stock = field(init=False)
     _described: tuple[Workload | None, str] = (None, "")
     idle: trio.Event = field(default_factory=trio.Event)
@@ -140,6 +143,7 @@ class PodScope:
         self.identity = self.pod.identity(self.worker.trust_domain)
         self.stock = Stock(self.netns)
         self.budget = self.worker.budgets.pod(str(self.pod))
+        self.splicer = Splicer(self.worker.pipes, self.budget)
         self.datagram_stock = Stock(self.netns, socket.SOCK_DGRAM)
 
     @property

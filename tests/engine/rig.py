@@ -25,12 +25,17 @@ from tests.bed.patience import patience
 NOWHERE = SocketAddress("192.0.2.1", 15008)
 CLIENT = SpiffeId("cluster.local", "default", "client")
 SERVER = SpiffeId("cluster.local", "default", "server")
+HOSTS = {"v4": "127.0.0.1", "v6": "::1"}
 
 
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected TCP sockets: the app's (blocking) and the proxy's (not)."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        app = socket.create_connection(server.getsockname())
+def tcp_pair(host: str = HOSTS["v4"]) -> tuple[socket.socket, socket.socket]:
+    """Two connected TCP sockets: the app's (blocking) and the proxy's (not).
+
+    A socketpair knows no RST.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
+        app = socket.create_connection(server.getsockname()[:2])
         ours, _ = server.accept()
     app.settimeout(10)
     ours.setblocking(False)

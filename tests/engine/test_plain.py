@@ -7,55 +7,25 @@ import socket
 import pytest
 import trio
 
-from pyambient.engine.loop import Loop
-from pyambient.engine.plain import PlainRelay
-from pyambient.engine.tls import SharedBuffers
+from pyambient.engine.splicing import Bulk, PipePool, Splicer
+
+from .plain_rig import Ledger, read_all, read_exactly, relayed, relaying
+from .rig import in_thread
 
 
-def tcp_pair():
-    """Two connected TCP sockets; a socketpair knows no RST."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        client = socket.create_connection(server.getsockname())
-        accepted, _ = server.accept()
-    accepted.setblocking(False)
-    return client, accepted
+@pytest.fixture(params=["received", "spliced"])
+def splicer(request):
+    """Each block is received and sent, or all but the first are spliced."""
+    if request.param == "received":
+        yield None
+        return
+    ledger, pool = Ledger(), PipePool()
+    yield Splicer(pool, ledger, Bulk(0, 0))
+    pool.close()
+    assert (ledger.taken > 0, ledger.pipes) == (True, 0)
 
 
-def relayed(use):
-    """Run `use(app, server, relay)` in a thread, with a relay between the two sockets."""
-    loop = Loop()
-    app, near = tcp_pair()
-    server, far = tcp_pair()
-    app.settimeout(5)
-    server.settimeout(5)
-    relay = PlainRelay(loop, near, far, SharedBuffers())
-    finished = []
-    relay.on_finished = finished.append
-
-    async def main():
-        relay.start()
-        with trio.fail_after(20):
-            await trio.to_thread.run_sync(use, app, server)
-            while not relay.finished:  # noqa: ASYNC110 - the relay has no event
-                await trio.sleep(0.01)
-
-    try:
-        loop.run(main)
-    finally:
-        app.close()
-        server.close()
-    assert finished == [relay]
-    return relay
-
-
-def read_all(sock):
-    chunks = []
-    while chunk := sock.recv(1 << 16):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def test_bytes_go_both_ways_and_are_counted():
+def test_bytes_go_both_ways_and_are_counted(splicer):
     def use(app, server):
         app.sendall(b"question")
         assert server.recv(100) == b"question"
@@ -65,12 +35,12 @@ def test_bytes_go_both_ways_and_are_counted():
         assert server.recv(1) == b""
         server.close()
 
-    relay = relayed(use)
+    relay = relayed(use, splicer)
     assert (relay.bytes_from_near, relay.bytes_from_far) == (8, 9)
     assert relay.error is None
 
 
-def test_a_half_close_lets_the_other_direction_go_on():
+def test_a_half_close_lets_the_other_direction_go_on(splicer):
     payload = bytes(range(256)) * 4096
 
     def use(app, server):
@@ -82,11 +52,11 @@ def test_a_half_close_lets_the_other_direction_go_on():
         server.close()
         assert read_all(app) == b"late " + payload
 
-    relay = relayed(use)
+    relay = relayed(use, splicer)
     assert relay.bytes_from_far == len(payload) + 5
 
 
-def test_a_slow_reader_gets_every_byte():
+def test_a_slow_reader_gets_every_byte(splicer):
     payload = bytes(range(251)) * 80_000
 
     def use(app, server):
@@ -106,20 +76,40 @@ def test_a_slow_reader_gets_every_byte():
         assert received == [payload]
         server.close()
 
-    relay = relayed(use)
+    relay = relayed(use, splicer)
     assert relay.bytes_from_near == len(payload)
 
 
 @pytest.mark.parametrize("resetter", ["app", "server"])
-def test_a_reset_stays_a_reset(resetter):
+def test_a_reset_stays_a_reset(splicer, resetter):
     def use(app, server):
-        app.sendall(b"x")
-        assert server.recv(1) == b"x"
+        for one, other in ((app, server), (server, app)):
+            one.sendall(b"x")
+            assert other.recv(1) == b"x"
         gone, left = (app, server) if resetter == "app" else (server, app)
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         gone.close()
         with pytest.raises(ConnectionResetError):
             left.recv(1)
 
-    relay = relayed(use)
+    relay = relayed(use, splicer)
     assert relay.error is not None
+
+
+def test_bytes_behind_urgent_data_arrive_at_once(splicer):
+    """recv(2) and splice(2) stop there, and no event comes for what is there already."""
+    part = bytes(range(200)) * 100
+
+    async def test(rig):
+        app, server = rig.open()
+        app.sendall(b"x")
+        await in_thread(read_exactly, server, 1)
+        for data, flags in ((part, 0), (b"!", socket.MSG_OOB), (part, 0)):
+            app.sendall(data, flags)
+        assert await in_thread(read_exactly, server, 2 * len(part)) == 2 * part
+        for sock in (app, server):
+            sock.close()
+        await rig.wait_finished()
+        assert rig.relays[0].error is None
+
+    relaying(test, splicer)

@@ -15,6 +15,7 @@ from pyambient.engine.reservoir import Reservoir
 from pyambient.hbone import Stream
 from pyambient.identity.ca import EmbeddedAuthority
 
+from .plain_rig import read_exactly
 from .rig import in_thread, rigged, until
 
 RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"
@@ -123,6 +124,22 @@ def test_a_refusal_reaches_the_app_as_a_reset(authority):
         app.close()
         server.close()
         assert rig.relays[0].error == "http status: 503"
+
+    rigged(authority, test)
+
+
+def test_bytes_behind_urgent_data_arrive_at_once(authority):
+    """recv(2) stops there, and no event comes for what is there already."""
+    part = bytes(range(200)) * 10
+
+    async def test(rig):
+        app, server = rig.open()
+        for data, flags in ((part, 0), (b"!", socket.MSG_OOB), (part, 0)):
+            app.sendall(data, flags)
+        assert await in_thread(read_exactly, server, 2 * len(part)) == 2 * part
+        app.close()
+        server.close()
+        await until(lambda: rig.relays[0].finished and rig.server_relays[0].finished)
 
     rigged(authority, test)
 

@@ -180,15 +180,19 @@ def firehose(channel: Channel, to: SocketAddress) -> None:
         channel.receive()
 
 
-def deaf_app(channel: Channel, port: int) -> None:
-    """An app that takes connections and reads nothing."""
+def deaf_app(channel: Channel, port: int, first: int = 0) -> None:
+    """An app that takes connections, and reads nothing, or so much at first and then nothing."""
     held = []
     with apps.listener(port) as listening:
         listening.settimeout(0.1)
         channel.send("listening")
         while not channel.poll():
             with contextlib.suppress(TimeoutError):
-                held.append(listening.accept())
+                connection, _ = listening.accept()
+                held.append(connection)
+                left = first
+                while left and (chunk := connection.recv(left)):
+                    left -= len(chunk)
 
 
 def send_and_wait(channel: Channel, to: SocketAddress, payload: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import socket
 from collections.abc import Iterator
 
@@ -78,6 +79,20 @@ def test_nothing_is_on_the_wire_and_both_pods_log_it(
         (line,) = pair.mesh.access_log(both | {"direction": direction})
         assert "error" not in line
         assert "dst.hbone_addr" not in line
+
+
+def test_bulk_is_whole_and_counted_at_both_ends(
+    pair: Pair, echo: Child, destination: SocketAddress
+) -> None:
+    """What goes by a pipe of the proxy, too."""
+    payload = os.urandom(8 << 20)
+    seen = pair.client.run(apps.request, destination, payload)
+    assert seen.data == payload
+    moved = {"bytes_sent": len(payload), "bytes_recv": len(payload)}
+    for direction in ("outbound", "inbound"):
+        wanted = {"src.addr": str(seen.local), "direction": direction}
+        (line,) = pair.mesh.access_log(wanted | moved)
+        assert "error" not in line
 
 
 def test_explain_says_that_there_is_no_tunnel(pair: Pair, destination: SocketAddress) -> None:

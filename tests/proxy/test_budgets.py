@@ -16,6 +16,7 @@ from pyambient.proxy.budgets import (
     DESCRIPTORS,
     HANDSHAKE_RATE,
     HANDSHAKES,
+    PIPES,
     SOURCE_HANDSHAKES,
     Budgets,
     Limits,
@@ -160,6 +161,28 @@ def test_kept_bytes_are_bounded_for_a_pod_and_for_all(budgets):
     assert other.take(500)
     assert (one.held, other.held, budgets.buffered.held) == (300, 700, 1000)
     assert budgets.refused == {BUFFERED: 2}
+
+
+@pytest.mark.parametrize("lack", ["descriptors", "bytes"])
+def test_a_pipe_is_lent_while_the_pod_has_room_for_it(budgets, lack):
+    """Two descriptors and all that it can keep. Who is told no loses nothing: no line is due."""
+    pod, lines = budgets.pod("pod"), []
+    if lack == "descriptors":
+        pod.take(72)
+    else:
+        assert pod.buffered.take(400)
+    configure("plain", "info", lines.append)
+    try:
+        lent = [pod.take_pipe(300) for _ in range(3)]
+    finally:
+        configure("plain")
+    assert lent == [True, False, False]
+    assert lines == []
+    assert pod.refused == budgets.refused == {PIPES: 2}
+    held, descriptors = pod.buffered.held, pod.descriptors
+    pod.give_pipe(300)
+    assert (held - pod.buffered.held, descriptors - pod.descriptors) == (300, 2)
+    assert pod.take_pipe(300)
 
 
 def test_a_refusal_gives_back_what_the_pod_had_not_taken():

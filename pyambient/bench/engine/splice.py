@@ -1,14 +1,13 @@
 """Whether splice(2) pays where bytes are only passed on: `python -m pyambient.bench.engine.splice`.
 
-A relay between plain sockets, as the product has it (one recv and one send by a shared buffer),
-against one that moves the bytes through a pipe in the kernel. Everything goes over lo; counted is
-the relay's own CPU time.
+The relay between plain sockets, three ways: with every block received and sent by a shared buffer,
+with every block spliced through a pipe in the kernel, and as the product has it, which splices what
+turns out to be bulk. Everything goes over lo; counted is the relay's own CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import socket
 import subprocess
@@ -27,22 +26,19 @@ from pyambient.bench.rounds import Results, Sample, turns
 from pyambient.bench.walls import behind_walls, options_of
 from pyambient.engine.accept import Listener, connect
 from pyambient.engine.deadlines import Deadlines
-from pyambient.engine.loop import ALL_APP_EVENTS, GONE, IN, OUT, Loop
+from pyambient.engine.loop import Loop
 from pyambient.engine.plain import PlainRelay
 from pyambient.engine.relay import reset
+from pyambient.engine.splicing import Bulk, PipePool, Splicer
 from pyambient.engine.tls import SharedBuffers
 from pyambient.errors import PyambientError
 from pyambient.model.address import SocketAddress
 from pyambient.netns import Netns
 
 _MODULE = "pyambient.bench.engine.splice"
-_RECEIVE, _SPLICE = "recv and send", "splice"
+_RECEIVE, _SPLICE, _PRODUCT = _KINDS = "recv and send", "splice", "splice bulk"
 _APP_PORT, _RELAY_PORT = 9000, 9100
-_F_SETPIPE_SZ = 1031
-_PIPE = 1 << 20
 _READY = "ready\n"
-# A pipe has 256 places, each of which takes a byte at least: so much and more may not be all.
-_PERHAPS_MORE = 256
 
 
 class _Work(NamedTuple):
@@ -62,92 +58,28 @@ _WORK = (
 )
 
 
-class _Half:
-    """One direction: bytes of `source`, of which `held` are in a pipe, on their way to `sink`."""
+class _Free:
+    """The account of somebody who may have any number of pipes."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
-        self.source, self.sink = source.fileno(), sink
-        self.out, self.into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        fcntl.fcntl(self.into, _F_SETPIPE_SZ, _PIPE)
-        self.held = 0
-        self.ended = self.queued = self.more = False
+    def take_pipe(self, size: int) -> bool:
+        return size > 0
 
-    def move(self) -> bool:
-        """One pipe's fill at most; whether there may be more."""
-        if not self.held and not self.ended:
-            self._take()
-        if self.held:
-            try:
-                self.held -= os.splice(self.out, self.sink.fileno(), self.held)
-            except BlockingIOError:
-                return False
-        return self.held == 0 and not self.ended and self.more
+    def give_pipe(self, size: int) -> None: ...
 
-    def _take(self) -> None:
-        try:
-            self.held = os.splice(self.source, self.into, _PIPE, flags=os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
-            self.more = False
-            return
-        self.more = self.held >= _PERHAPS_MORE
-        if not self.held:
-            self.ended = True
-            self.sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        os.close(self.out)
-        os.close(self.into)
+    def miss_pipe(self) -> None:
+        raise PyambientError("splice(2) does not work here", "look at seccomp and ulimit -n")
 
 
-class SpliceRelay:
-    """Two sockets, joined by two pipes; as much of `PlainRelay` as the load needs."""
-
-    def __init__(self, loop: Loop, near: socket.socket, far: socket.socket) -> None:
-        self._loop = loop
-        self._socks = (near, far)
-        self._halves = (_Half(near, far), _Half(far, near))
-        self._over = False
-
-    def start(self) -> None:
-        for index, sock in enumerate(self._socks):
-            self._loop.watch(sock.fileno(), self._handler(index), ALL_APP_EVENTS)
-
-    def _handler(self, index: int) -> Callable[[int], None]:
-        def on_events(mask: int) -> None:
-            if mask & (IN | GONE):
-                self._move(index)
-            if mask & OUT and self._halves[1 - index].held:
-                self._move(1 - index)
-
-        return on_events
-
-    def _move(self, index: int) -> None:
-        if self._over:
-            return
-        half = self._halves[index]
-        half.queued = False
-        try:
-            again = half.move()
-        except OSError:
-            self._end()
-            return
-        if again and not half.queued:
-            half.queued = True
-            self._loop.call_soon(lambda: self._move(index))
-        elif all(half.ended and not half.held for half in self._halves):
-            self._end()
-
-    def _end(self) -> None:
-        self._over = True
-        for sock, half in zip(self._socks, self._halves, strict=True):
-            self._loop.forget(sock.fileno())
-            half.close()
-            sock.close()
+def _splicer(kind: str) -> Splicer | None:
+    if kind == _RECEIVE:
+        return None
+    return Splicer(PipePool(), _Free(), Bulk(0, 0) if kind == _SPLICE else Bulk())
 
 
 def _relay(kind: str, port: int, to: int) -> None:
     """Be a relay from one port of lo to another."""
     loop, buffers = Loop(), SharedBuffers()
+    splicer = _splicer(kind)
 
     def accepted(near: socket.socket, _peer: SocketAddress) -> None:
         far = socket.socket()
@@ -156,10 +88,7 @@ def _relay(kind: str, port: int, to: int) -> None:
             reset(near)
             return
         far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        if kind == _SPLICE:
-            SpliceRelay(loop, near, far).start()
-        else:
-            PlainRelay(loop, near, far, buffers).start()
+        PlainRelay(loop, near, far, buffers, splicer).start()
 
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", port), backlog=512)
@@ -215,7 +144,7 @@ def _measure(options: argparse.Namespace) -> Results:
     servers.wait_warm()
     subjects = {
         kind: _Subject(kind, relays, program, _RELAY_PORT + 10 * number_)
-        for number_, kind in enumerate((_RECEIVE, _SPLICE))
+        for number_, kind in enumerate(_KINDS)
     }
     results = Results()
     try:
@@ -241,10 +170,10 @@ def _render(results: Results) -> str:
     rows = []
     for work in _WORK:
         value = _value(work.kind)
-        ours, other = (results.median(work.name, kind, value) for kind in (_RECEIVE, _SPLICE))
-        ratio = results.ratio(work.name, _SPLICE, _RECEIVE, value)
-        rows.append((work.name, *map(number, (ours, other, ratio))))
-    return table(("work", _RECEIVE, _SPLICE, "ratio"), rows)
+        figures = (results.median(work.name, kind, value) for kind in _KINDS)
+        ratios = (results.ratio(work.name, kind, _RECEIVE, value) for kind in _KINDS[1:])
+        rows.append((work.name, *map(number, (*figures, *ratios))))
+    return table(("work", *_KINDS, *(f"ratio of {kind}" for kind in _KINDS[1:])), rows)
 
 
 def _print(options: argparse.Namespace) -> int:
