@@ -63,11 +63,13 @@ enum { maps_before = __COUNTER__ };
 #define DEFINE_ARRAY_OF_RINGS(name, entries, bytes)				\
 	DEFINE_TABLE(name##_inner, "ringbuf", int, int, bytes, 0);		\
 	DEFINE_TABLE(name, "array_of_maps$" #name "_inner", int, int, entries, 0)
-#define DEFINE_HASH_OF_TRIES(name, key_type, entries, inner_key, inner_value, inner_entries) \
-	DEFINE_TABLE(name##_inner, "lpm_trie", inner_key, inner_value, inner_entries,	\
-		     BPF_F_NO_PREALLOC);						\
+#define DEFINE_HASH_OF_MAPS(name, key_type, entries, kind, inner_key, inner_value,	\
+			    inner_entries, inner_flags)				\
+	DEFINE_TABLE(name##_inner, kind, inner_key, inner_value, inner_entries, inner_flags); \
 	DEFINE_TABLE(name, "hash_of_maps$" #name "_inner", key_type, int, entries,	\
 		     BPF_F_NO_PREALLOC)
+#define OF_TRIES	"lpm_trie"
+#define OF_HASHES	"hash"
 
 #define constant(name) PYAMBIENT_##name
 #define DEFINE_CONSTANTS
@@ -142,13 +144,16 @@ enum { maps_before = __COUNTER__ };
 	} name SEC(".maps")
 
 /*
- * The tries are made by user space, one for each key; all are of this shape.
+ * The maps in it are made by user space, one for each key; all are of this shape.
  * Sizes, not types: clang leaves out what is behind a second pointer.
  */
-#define DEFINE_HASH_OF_TRIES(name, key_type, entries, inner_key, inner_value, inner_entries) \
+#define OF_TRIES	BPF_MAP_TYPE_LPM_TRIE
+#define OF_HASHES	BPF_MAP_TYPE_HASH
+#define DEFINE_HASH_OF_MAPS(name, key_type, entries, kind, inner_key, inner_value, \
+			    inner_entries, inner_flags)			\
 	struct name##_inner {						\
-		__uint(type, BPF_MAP_TYPE_LPM_TRIE);			\
-		__uint(map_flags, BPF_F_NO_PREALLOC);			\
+		__uint(type, kind);					\
+		__uint(map_flags, inner_flags);				\
 		__uint(max_entries, inner_entries);			\
 		__uint(key_size, sizeof(inner_key));			\
 		__uint(value_size, sizeof(inner_value));		\

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Whether the DNS of the pod that this instance serves is captured, whoever
- * captures it. To be included after DEFINE_CONSTANTS.
+ * Whether a pod's DNS is captured, whoever captures it.
  */
 #ifndef PYAMBIENT_DNS_GATE_H
 #define PYAMBIENT_DNS_GATE_H
@@ -10,10 +9,8 @@
 
 DEFINE_DNS_PODS;
 
-static __always_inline int captures_dns(void)
+static __always_inline int captures_dns(__u64 netns)
 {
-	__u64 netns = constant(netns);
-
 	return map_lookup(dns_pods, &netns) != NULL;
 }
 

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * What the guards of a pod dropped: a number for each reason, and the last
- * connections. Both maps are the pod's own, shared by the guards of its devices.
- * To be included after DEFINE_CONSTANTS.
+ * connections.
  */
 #ifndef PYAMBIENT_DROPS_H
 #define PYAMBIENT_DROPS_H
@@ -29,10 +28,22 @@ struct drop {
 	__u32 count;
 };
 
-DEFINE_PERCPU_ARRAY(drop_counts, __u64, REASONS);
+/* `last` by a hash of the ends, so that retransmissions do not push out the others. */
+struct drops {
+	__u64 counts[REASONS];
+	struct drop last[LAST_DROPS];
+};
 
-/* By a hash of the ends, so that retransmissions do not push out the others. */
-DEFINE_ARRAY(last_drops, struct drop, LAST_DROPS);
+/* User space makes the entry of a pod, before its first guard is there. */
+DEFINE_HASH(drops, __u64, struct drops, 4096);
+
+/* Whose guard it is, and what its operator chose. */
+struct guarded {
+	__u64 netns;
+	__u32 is_ethernet;	/* packets of this device have an Ethernet header */
+	__u32 counts_only;	/* what would be dropped is counted, and passes */
+	__u32 sign;		/* what is left in skb->hash for the guard on the node, or 0 */
+};
 
 static __always_inline int is_same_drop(const struct drop *drop, const struct segment *seg,
 					__u32 reason)
@@ -45,14 +56,13 @@ static __always_inline int is_same_drop(const struct drop *drop, const struct se
 }
 
 /* Not atomic: two CPUs that meet in a place garble one line of a report, and no number. */
-static __always_inline void note_drop(const struct segment *seg, __u32 reason)
+static __always_inline void note_drop(struct drops *drops, const struct segment *seg,
+				      __u32 reason)
 {
 	__u32 place = (seg->ends.from_port * 31 + seg->ends.to_port + seg->ends.to[3] + reason) %
 		      LAST_DROPS;
-	struct drop *last = map_lookup(last_drops, &place);
+	struct drop *last = &drops->last[place];
 
-	if (!last)
-		return;
 	last->count = is_same_drop(last, seg, reason) ? last->count + 1 : 1;
 	last->ends = seg->ends;
 	last->reason = reason;
@@ -60,16 +70,18 @@ static __always_inline void note_drop(const struct segment *seg, __u32 reason)
 }
 
 /* What becomes of the packet; `counts_only` lets it go its way. */
-static __always_inline int drop(const struct segment *seg, __u32 reason, __u16 hook)
+static __always_inline int drop(const struct guarded *pod, const struct segment *seg,
+				__u32 reason, __u16 hook)
 {
-	__u64 *count = map_lookup(drop_counts, &reason);
-	__u32 what = constant(counts_only) ? EVENT_COUNTED : EVENT_DROPPED;
+	struct drops *noted = map_lookup(drops, &pod->netns);
+	__u32 what = pod->counts_only ? EVENT_COUNTED : EVENT_DROPPED;
 
-	if (count)
-		*count += 1;
-	note_drop(seg, reason);
-	trace_packet(&seg->ends, constant(netns), hook, 0, DECISION(what, reason, 0));
-	return constant(counts_only) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	if (noted && reason < REASONS) {
+		__sync_fetch_and_add(&noted->counts[reason], 1);
+		note_drop(noted, seg, reason);
+	}
+	trace_packet(&seg->ends, pod->netns, hook, 0, DECISION(what, reason, 0));
+	return pod->counts_only ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 
 #endif

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * tc egress on each device of a pod: TCP leaves by the proxy, or not at all; so
- * do queries over UDP where the pod's DNS is captured.
+ * do queries over UDP where the pod's DNS is captured. A device has an entry,
+ * which says whose it is and goes on to here (pyambient/intercept/entry.py).
  *
  * Every TCP packet is judged by the socket that sent it. Nothing in the packet
  * counts, and no mark: both are the app's to choose (CAP_NET_RAW is enough).
@@ -26,17 +27,20 @@
 DEFINE_PROXY_SOCKETS;
 DEFINE_CAPTURED_SOCKETS;
 DEFINE_PROBES;
-/* Cookies of the sockets whose connections are older than the enrolment; as many as there were. */
-DEFINE_HASH(existing, __u64, __u8, 1);
-/* Cookies of connections that the pod's selection let come in, from their SYN-ACK on. */
-DEFINE_LRU_HASH(let_in, __u64, __u8, 512);
-DEFINE_CONSTANTS;
+/* Cookies of each pod's sockets whose connections are older than the enrolment. */
+DEFINE_HASH_OF_MAPS(existing, __u64, 4096, OF_HASHES, __u64, __u8, 1, 0);
+/* Cookies of connections that a pod's selection let come in, from their SYN-ACK on. */
+DEFINE_LRU_HASH(let_in, __u64, __u8, 32768);
 
 #include "dns_gate.h"
 #include "drops.h"
 #include "gate.h"
 
 #define PASS		-1
+
+/* What an entry says of its device (pyambient/intercept/entry.py). */
+#define IS_ETHERNET	1
+#define COUNTS_ONLY	2
 
 #define SOCK_STREAM	1
 #define SOCK_DGRAM	2
@@ -53,17 +57,18 @@ static __always_inline int is_the_proxys(struct bpf_sock *sk)
 }
 
 /* Of a connection about to be accepted as well: its socket inherits the cookie. */
-static __always_inline int is_older(struct __sk_buff *skb)
+static __always_inline int is_older(struct __sk_buff *skb, const struct guarded *pod)
 {
+	void *older = map_lookup(existing, &pod->netns);
 	__u64 cookie = bpf_get_socket_cookie(skb);
 
-	return map_lookup(existing, &cookie) != NULL;
+	return older && bpf_map_lookup_elem(older, &cookie);
 }
 
 /* An answer to a client that the pod's selection lets come in directly. */
-static __always_inline int is_to_excluded(const struct segment *seg)
+static __always_inline int is_to_excluded(const struct guarded *pod, const struct segment *seg)
 {
-	return is_excluded(constant(netns), INBOUND, seg->ends.to, seg->ends.from_port);
+	return is_excluded(pod->netns, INBOUND, seg->ends.to, seg->ends.from_port);
 }
 
 /* The answer to a health probe of the node, which waits for it. */
@@ -109,7 +114,8 @@ static __always_inline int pass_excluded(struct bpf_sock *sk)
 }
 
 /* The note comes first: a socket from before the enrolment may connect again. */
-static __always_inline int judge_stream(struct __sk_buff *skb, struct bpf_sock *sk, int kind,
+static __always_inline int judge_stream(struct __sk_buff *skb, struct bpf_sock *sk,
+					const struct guarded *pod, int kind,
 					const struct segment *seg)
 {
 	__u8 *noted = storage_get(captured_socks, sk, 0);
@@ -118,9 +124,9 @@ static __always_inline int judge_stream(struct __sk_buff *skb, struct bpf_sock *
 		return REASON_CAPTURED;
 	if (noted && *noted == EXCLUDED)
 		return PASS;
-	if (is_older(skb))
+	if (is_older(skb, pod))
 		return PASS;
-	if (is_let_in(skb) || (kind == SEGMENT && is_to_excluded(seg)))
+	if (is_let_in(skb) || (kind == SEGMENT && is_to_excluded(pod, seg)))
 		return pass_excluded(sk);
 	return REASON_SOCKET;
 }
@@ -131,7 +137,8 @@ static __always_inline int is_empty(const struct segment *seg)
 }
 
 /* `found` is what the connection, seen from its other end, is looked up as. */
-static __always_inline int may_answer(struct bpf_sock *found, const struct segment *seg)
+static __always_inline int may_answer(struct bpf_sock *found, const struct guarded *pod,
+				      const struct segment *seg)
 {
 	struct bpf_sock *listener;
 
@@ -140,7 +147,7 @@ static __always_inline int may_answer(struct bpf_sock *found, const struct segme
 	if (found->state != BPF_TCP_LISTEN || !seg->tcp.syn)
 		return 0;
 	/* Flooded, a listener answers with a SYN cookie and keeps nothing. */
-	if (is_to_excluded(seg))
+	if (is_to_excluded(pod, seg))
 		return 1;
 	listener = bpf_sk_fullsock(found);
 	return listener && is_the_proxys(listener);
@@ -164,7 +171,8 @@ static __always_inline struct bpf_sock *look_up(struct __sk_buff *skb, const str
 	return bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
 }
 
-static __always_inline int is_kernels_answer(struct __sk_buff *skb, const struct segment *seg)
+static __always_inline int is_kernels_answer(struct __sk_buff *skb, const struct guarded *pod,
+					     const struct segment *seg)
 {
 	struct bpf_sock *found;
 	int answers;
@@ -178,16 +186,16 @@ static __always_inline int is_kernels_answer(struct __sk_buff *skb, const struct
 	found = look_up(skb, seg);
 	if (!found)
 		return 0;
-	answers = may_answer(found, seg);
+	answers = may_answer(found, pod, seg);
 	bpf_sk_release(found);
 	return answers;
 }
 
 static __always_inline int judge_other(struct __sk_buff *skb, struct bpf_sock *sk,
-				       const struct segment *seg)
+				       const struct guarded *pod, const struct segment *seg)
 {
 	if (sk->family == AF_INET && sk->type == SOCK_RAW && sk->protocol == IPPROTO_TCP &&
-	    is_kernels_answer(skb, seg))
+	    is_kernels_answer(skb, pod, seg))
 		return PASS;
 	return REASON_RAW;
 }
@@ -196,37 +204,39 @@ static __always_inline int judge_other(struct __sk_buff *skb, struct bpf_sock *s
  * Forwarded packets have come in by a device, the kernel's own have not. Where
  * a redirect is ahead of this program, it has taken those it is to take.
  */
-static __always_inline int judge_without(struct __sk_buff *skb, const struct segment *seg)
+static __always_inline int judge_without(struct __sk_buff *skb, const struct guarded *pod,
+					 const struct segment *seg)
 {
 	struct bpf_sock *sk = skb->sk, *listener = sk ? bpf_get_listener_sock(sk) : NULL;
 
 	if (listener && is_the_proxys(listener))
 		return PASS;
-	if (sk && is_older(skb))
+	if (sk && is_older(skb, pod))
 		return PASS;
-	if (sk && (is_to_excluded(seg) || is_to_probe(seg)))
+	if (sk && (is_to_excluded(pod, seg) || is_to_probe(seg)))
 		return pass_opening(skb);
 	if (skb->ingress_ifindex)
-		return is_captured_by_devices() ? PASS : REASON_FORWARDED;
-	return is_kernels_answer(skb, seg) ? PASS : REASON_FORWARDED;
+		return is_captured_by_devices(pod->netns) ? PASS : REASON_FORWARDED;
+	return is_kernels_answer(skb, pod, seg) ? PASS : REASON_FORWARDED;
 }
 
 /* No socket says that it was judged before: each query is, by where it goes now. */
-static __always_inline int judge_query(struct __sk_buff *skb, const struct segment *seg)
+static __always_inline int judge_query(struct __sk_buff *skb, const struct guarded *pod,
+				       const struct segment *seg)
 {
-	if (is_excluded(constant(netns), OUTBOUND, seg->ends.to, RESOLVER_PORT))
+	if (is_excluded(pod->netns, OUTBOUND, seg->ends.to, RESOLVER_PORT))
 		return PASS;
-	if (!skb->sk && skb->ingress_ifindex && is_captured_by_devices())
+	if (!skb->sk && skb->ingress_ifindex && is_captured_by_devices(pod->netns))
 		return PASS;
 	return REASON_DNS;
 }
 
 /* Sockets that send nothing that counts, or all they like: no packet has to be read. */
-static __always_inline int is_free(struct bpf_sock *sk)
+static __always_inline int is_free(struct bpf_sock *sk, const struct guarded *pod)
 {
 	if (is_the_proxys(sk))
 		return 1;
-	return is_internet(sk) && sk->type == SOCK_DGRAM && !captures_dns();
+	return is_internet(sk) && sk->type == SOCK_DGRAM && !captures_dns(pod->netns);
 }
 
 static __always_inline int is_stream(struct bpf_sock *sk)
@@ -235,31 +245,44 @@ static __always_inline int is_stream(struct bpf_sock *sk)
 }
 
 /* A stream's packet is judged whatever it looks like by now: a tunnel may have wrapped it. */
-static __always_inline int judge(struct __sk_buff *skb, int kind, const struct segment *seg)
+static __always_inline int judge(struct __sk_buff *skb, const struct guarded *pod, int kind,
+				 const struct segment *seg)
 {
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
 
 	if (sk && is_stream(sk))
-		return judge_stream(skb, sk, kind, seg);
+		return judge_stream(skb, sk, pod, kind, seg);
 	if (kind == OTHER)
 		return PASS;
 	if (kind == QUERY)
-		return captures_dns() ? judge_query(skb, seg) : PASS;
+		return captures_dns(pod->netns) ? judge_query(skb, pod, seg) : PASS;
 	if (kind == UNREADABLE)
 		return REASON_UNREADABLE;
-	return sk ? judge_other(skb, sk, seg) : judge_without(skb, seg);
+	return sk ? judge_other(skb, sk, pod, seg) : judge_without(skb, pod, seg);
 }
 
-static __always_inline int judge_packet(struct __sk_buff *skb)
+static __always_inline int judge_packet(struct __sk_buff *skb, const struct guarded *pod)
 {
 	struct segment seg = {};
-	int verdict = judge(skb, read_segment(skb, &seg), &seg);
+	int verdict = judge(skb, pod, read_segment(skb, &seg, pod->is_ethernet), &seg);
 
-	return verdict == PASS ? TC_ACT_UNSPEC : drop(&seg, verdict, HOOK_GUARD);
+	return verdict == PASS ? TC_ACT_UNSPEC : drop(pod, &seg, verdict, HOOK_GUARD);
+}
+
+/* As the device's entry has written it, and nobody else: it comes right before. */
+static __always_inline void read_entry(struct __sk_buff *skb, struct guarded *pod)
+{
+	__u32 choices = skb->cb[2];
+
+	pod->netns = (__u64)skb->cb[1] << 32 | skb->cb[0];
+	pod->is_ethernet = choices & IS_ETHERNET;
+	pod->counts_only = choices & COUNTS_ONLY;
+	pod->sign = skb->cb[3];
 }
 
 /*
- * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device. Linux 5.9.
+ * Hook: tc egress (tcx, before Linux 6.6 clsact) of a pod's device, by the
+ * device's entry. Linux 5.9.
  * Returns TC_ACT_SHOT for TCP that is not of the proxy, excluded, from before
  * the enrolment or a bare answer of the kernel's, for queries that are neither
  * of the proxy nor excluded, and for what may be one of them and cannot be read;
@@ -270,11 +293,13 @@ SEC("tc")
 int pyamb_guard(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : NULL;
+	struct guarded pod;
 
-	if ((!sk || !is_free(sk)) && judge_packet(skb) == TC_ACT_SHOT)
+	read_entry(skb, &pod);
+	if ((!sk || !is_free(sk, &pod)) && judge_packet(skb, &pod) == TC_ACT_SHOT)
 		return TC_ACT_SHOT;
-	if (constant(sign))
-		bpf_set_hash(skb, constant(sign));
+	if (pod.sign)
+		bpf_set_hash(skb, pod.sign);
 	return TC_ACT_UNSPEC;
 }
 

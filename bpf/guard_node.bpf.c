@@ -25,6 +25,7 @@ DEFINE_CONSTANTS;
 SEC("tc")
 int pyamb_guard_node(struct __sk_buff *skb)
 {
+	struct guarded pod = { .netns = constant(netns), .counts_only = constant(counts_only) };
 	struct segment seg = {};
 	int kind;
 
@@ -32,10 +33,10 @@ int pyamb_guard_node(struct __sk_buff *skb)
 		bpf_set_hash_invalid(skb);
 		return TC_ACT_UNSPEC;
 	}
-	kind = read_segment(skb, &seg);
-	if (kind == OTHER || (kind == QUERY && !captures_dns()))
+	kind = read_segment(skb, &seg, 1);	/* a veth is like Ethernet */
+	if (kind == OTHER || (kind == QUERY && !captures_dns(pod.netns)))
 		return TC_ACT_UNSPEC;
-	return drop(&seg, REASON_UNSIGNED, HOOK_GUARD_NODE);
+	return drop(&pod, &seg, REASON_UNSIGNED, HOOK_GUARD_NODE);
 }
 
 DEFINE_LICENSE;

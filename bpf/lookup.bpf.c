@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * sk_lookup: which listener gets a new connection. One instance per pod,
- * because this hook can ask neither for the namespace's cookie nor for a mark:
- * a program shared by two pods could not tell "A's outbound to B" from "proxy
- * to app in B".
+ * sk_lookup: which listener gets a new connection. This hook can ask neither
+ * for the namespace's cookie nor for a mark, without which "A's outbound to B"
+ * and "proxy to app in B" are the same. So each pod has an entry, which says
+ * whose look-up it is and goes on to here (pyambient/intercept/entry.py).
  *
  * The answer is by addresses alone, except that "proxy to app" is what arrives
  * on lo. ingress_ifindex is no good for more: for a connection to an own
@@ -20,6 +20,7 @@
 
 DEFINE_DNS_PODS;
 DEFINE_ADDRESSES;
+DEFINE_ENTERED;
 DEFINE_UPSTREAMS;
 DEFINE_NOTES;
 DEFINE_PROBES;
@@ -50,9 +51,9 @@ static __always_inline __u32 hash_ends(struct bpf_sk_lookup *ctx)
 }
 
 /* This very socket: who is root may share its port, and would get a part. */
-static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u32 port)
+static __always_inline int steer_to(struct bpf_sk_lookup *ctx, __u64 netns, __u32 port)
 {
-	struct listener key = { .netns = constant(netns), .port = port };
+	struct listener key = { .netns = netns, .port = port };
 	__u32 count = count_workers(key.netns);
 	struct bpf_sock *sk = find_listener(&key, count > 1 ? hash_ends(ctx) : 0, count);
 	long error;
@@ -116,16 +117,17 @@ static __always_inline int to_listener(__u32 port, __u32 *decision)
  *
  * HBONE is the mesh's own way in, whatever the pod's selection says.
  */
-static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx, const __u32 *local,
-						const __u32 *remote, __u32 *decision)
+static __always_inline int inbound_from_outside(struct bpf_sk_lookup *ctx,
+						const struct address *local,
+						const struct address *remote, __u32 *decision)
 {
 	if (ctx->local_port == HBONE_PORT)
 		return to_listener(HBONE_PORT, decision);
 	*decision = DECISION(EVENT_EXCLUDED | INWARDS, 0, 0);
-	if (is_excluded(constant(netns), INBOUND, remote, ctx->local_port))
+	if (is_excluded(remote->netns, INBOUND, remote->ip, ctx->local_port))
 		return SK_PASS;
 	*decision = DECISION(EVENT_PROBE | INWARDS, 0, 0);
-	if (is_opening_probe(ctx, local, remote))
+	if (is_opening_probe(ctx, local->ip, remote->ip))
 		return SK_PASS;
 	return to_listener(INBOUND_PORT, decision);
 }
@@ -145,13 +147,13 @@ static __always_inline void set_ends(struct connection *syn, struct bpf_sk_looku
  * the program on lo is gone: captured, the proxy's SYN would come back to the
  * proxy, again and again.
  */
-static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const __u32 *local,
-					   const __u32 *remote, __u32 *decision)
+static __always_inline int inbound_by_note(struct bpf_sk_lookup *ctx, const struct address *local,
+					   const struct address *remote, __u32 *decision)
 {
-	struct connection syn = { .netns = constant(netns) };
+	struct connection syn = { .netns = local->netns };
 	int is_upstream, by_lo;
 
-	set_ends(&syn, ctx, local, remote);
+	set_ends(&syn, ctx, local->ip, remote->ip);
 	is_upstream = map_lookup(upstreams, &syn) != NULL;
 	by_lo = is_noted(&syn);
 	if (is_upstream != by_lo) {
@@ -166,33 +168,31 @@ static __always_inline int inbound(struct bpf_sk_lookup *ctx, const struct addre
 				   const struct address *remote, __u32 *decision)
 {
 	if (!constant(has_ingress_ifindex))
-		return inbound_by_note(ctx, local->ip, remote->ip, decision);
+		return inbound_by_note(ctx, local, remote, decision);
 	if (ctx->ingress_ifindex == LOOPBACK_IFINDEX)
 		return SK_PASS;
-	return inbound_from_outside(ctx, local->ip, remote->ip, decision);
+	return inbound_from_outside(ctx, local, remote, decision);
 }
 
 /* DNS over TCP has a listener of its own. */
-static __always_inline __u32 outbound_port(struct bpf_sk_lookup *ctx)
+static __always_inline __u32 outbound_port(struct bpf_sk_lookup *ctx, __u64 netns)
 {
-	__u64 netns = constant(netns);
-
 	if (ctx->local_port == RESOLVER_PORT && map_lookup(dns_pods, &netns))
 		return DNS_PORT;
 	return OUTBOUND_PORT;
 }
 
 /* Neither end is the pod's: whether its devices sent it to lo. Nobody else's comes by lo. */
-static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const __u32 *local,
-					const __u32 *remote)
+static __always_inline int is_forwarded(struct bpf_sk_lookup *ctx, const struct address *local,
+					const struct address *remote)
 {
-	struct connection syn = { .netns = constant(netns) };
+	struct connection syn = { .netns = local->netns };
 
-	if (!is_captured_by_devices())
+	if (!is_captured_by_devices(local->netns))
 		return 0;
 	if (constant(has_ingress_ifindex))
 		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;
-	set_ends(&syn, ctx, local, remote);
+	set_ends(&syn, ctx, local->ip, remote->ip);
 	return is_noted(&syn);
 }
 
@@ -210,8 +210,8 @@ static __always_inline int outbound(struct bpf_sk_lookup *ctx, const struct addr
 {
 	if (is_loopback(local->ip))
 		return SK_PASS;
-	if (from_pod || is_forwarded(ctx, local->ip, remote->ip))
-		return outbound_port(ctx);
+	if (from_pod || is_forwarded(ctx, local, remote))
+		return outbound_port(ctx, local->netns);
 	return SK_DROP;
 }
 
@@ -233,7 +233,7 @@ static __always_inline int judge(struct bpf_sk_lookup *ctx, const struct address
  * Fields of the other family are 0. To read all of them takes no branch: with
  * one for each family the verifier follows the two all the way from the start.
  */
-static __always_inline void trace(struct bpf_sk_lookup *ctx, __u32 decision)
+static __always_inline void trace(struct bpf_sk_lookup *ctx, __u64 netns, __u32 decision)
 {
 	struct connection syn = {};
 
@@ -243,12 +243,29 @@ static __always_inline void trace(struct bpf_sk_lookup *ctx, __u32 decision)
 	syn.to[3] |= ctx->local_ip4;
 	syn.from_port = bpf_ntohs(ctx->remote_port);
 	syn.to_port = ctx->local_port;
-	trace_packet(&syn, constant(netns), HOOK_SK_LOOKUP, ctx->family, decision);
+	trace_packet(&syn, netns, HOOK_SK_LOOKUP, ctx->family, decision);
 }
 
 /*
- * Hook: sk_lookup on the pod's network namespace. Linux 5.9 (before 5.17
- * with the help of note.bpf.c).
+ * What the pod's entry said, to be copied at once. Softirqs of a CPU take turns,
+ * so nothing comes between the two but where a look-up that no packet is waiting
+ * for (sock_diag) is interrupted, or if the kernel lets softirqs preempt each
+ * other (PREEMPT_RT without its lock, Linux 6.18). Then it is another's, and no good.
+ */
+static __always_inline int has_entered(struct bpf_sk_lookup *ctx, struct entered *by)
+{
+	__u32 only = 0;
+	struct entered *said = map_lookup(entered, &only);
+
+	if (!said)
+		return 0;
+	*by = *said;
+	return by->remote_port == ctx->remote_port && by->local_port == ctx->local_port;
+}
+
+/*
+ * Hook: sk_lookup on the pod's network namespace, by the pod's entry. Linux 5.9
+ * (before 5.17 with the help of note.bpf.c).
  * Returns SK_PASS with a listener assigned for what is captured, SK_PASS alone
  * for what stays as it is (other protocols, loopback, the pod to itself, proxy
  * to app, what the pod's selection excludes), SK_DROP where the listener is
@@ -257,13 +274,17 @@ static __always_inline void trace(struct bpf_sk_lookup *ctx, __u32 decision)
 SEC("sk_lookup")
 int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 {
-	struct address local = { .netns = constant(netns) };
-	struct address remote = { .netns = constant(netns) };
+	struct address local = {}, remote = {};
 	__u32 decision = 0, port;
+	struct entered by;
 	int verdict;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
+	if (!has_entered(ctx, &by))
+		return SK_DROP;
+	local.netns = by.netns;
+	remote.netns = by.netns;
 	if (ctx->family == AF_INET) {
 		set_ipv4(local.ip, ctx->local_ip4);
 		set_ipv4(remote.ip, ctx->remote_ip4);
@@ -274,12 +295,12 @@ int pyamb_sk_lookup(struct bpf_sk_lookup *ctx)
 	verdict = judge(ctx, &local, &remote, &decision);
 	if (verdict > SK_PASS) {
 		port = verdict;
-		verdict = steer_to(ctx, port);
+		verdict = steer_to(ctx, by.netns, port);
 		if (decision && verdict == SK_DROP)
 			decision = DECISION(EVENT_REFUSED | INWARDS, WHY_NO_LISTENER, port);
 	}
 	if (decision)
-		trace(ctx, decision);
+		trace(ctx, by.netns, decision);
 	return verdict;
 }
 

@@ -94,6 +94,14 @@ struct packet {
 	__u32 padding;
 };
 
+/* Whose connection sk_lookup is asked about: the pod's entry says so, right before. */
+struct entered {
+	__u64 netns;
+	__be16 remote_port;
+	__u16 local_port;
+	__u32 padding;
+};
+
 struct resolver {
 	__u32 ip[4];
 	__u64 used;	/* when, at the last time (bpf_ktime_get_ns()) */
@@ -134,7 +142,10 @@ struct resolver {
 /* The proxy's connections to apps, from before their SYN to the answer. Kept before 5.17 only. */
 #define DEFINE_UPSTREAMS DEFINE_HASH(upstreams, struct connection, __u8, 65536)
 
-/* Shared by the two programs of one pod. */
+/* Written by the pods' entries (pyambient/intercept/entry.py), read by lookup.bpf.c. */
+#define DEFINE_ENTERED DEFINE_PERCPU_ARRAY(entered, struct entered, 1)
+
+/* Written by note.bpf.c on a pod's lo, read by lookup.bpf.c. */
 #define DEFINE_NOTES DEFINE_PERCPU_ARRAY(notes, struct note, 1)
 
 /*

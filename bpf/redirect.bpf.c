@@ -105,7 +105,7 @@ static __always_inline int refuse(struct __sk_buff *skb, const struct segment *s
 /* The port sk_lookup will choose, too (lookup.bpf.c). */
 static __always_inline __u32 outbound_port(const struct connection *ends)
 {
-	return ends->to_port == RESOLVER_PORT && captures_dns() ? DNS_PORT : OUTBOUND_PORT;
+	return ends->to_port == RESOLVER_PORT && captures_dns(constant(netns)) ? DNS_PORT : OUTBOUND_PORT;
 }
 
 static __always_inline int has_listener(__u32 port)
@@ -155,7 +155,7 @@ static __always_inline int opens(struct __sk_buff *skb, struct bpf_sock *sk,
 	__u64 netns = constant(netns);
 	__u32 port;
 
-	if (!is_captured())
+	if (!is_captured(netns))
 		return passes(sk, &syn->ends);
 	*decision = DECISION(EVENT_EXCLUDED, 0, 0);
 	if (is_excluded(netns, OUTBOUND, syn->ends.to, syn->ends.to_port))
@@ -219,7 +219,7 @@ static __always_inline int unreadable(struct bpf_sock *sk, const struct segment 
 
 	if (decided)
 		return *decided == CAPTURED ? to_lo(skb) : TC_ACT_UNSPEC;
-	if (seg->protocol == IPPROTO_TCP || !captures_dns())
+	if (seg->protocol == IPPROTO_TCP || !captures_dns(constant(netns)))
 		return TC_ACT_UNSPEC;
 	*decision = DECISION(EVENT_REFUSED, WHY_UNREADABLE, 0);
 	return TC_ACT_SHOT;
@@ -252,7 +252,7 @@ static __always_inline int datagram(struct __sk_buff *skb, struct bpf_sock *sk,
 static __always_inline int other(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg,
 				 __u32 *decision)
 {
-	if (!captures_dns())
+	if (!captures_dns(constant(netns)))
 		return TC_ACT_UNSPEC;
 	if (is_datagram(seg))
 		return datagram(skb, sk, seg, decision);
@@ -263,7 +263,7 @@ static __always_inline int other(struct __sk_buff *skb, struct bpf_sock *sk, str
 static __always_inline int judge(struct __sk_buff *skb, struct bpf_sock *sk, struct segment *seg,
 				 __u32 *decision)
 {
-	int kind = read_segment(skb, seg);
+	int kind = read_segment(skb, seg, constant(is_ethernet));
 
 	if (seg->fragment == LATER && is_of_split_query(seg))
 		return to_lo(skb);
@@ -363,7 +363,7 @@ int pyamb_arrival(struct __sk_buff *skb)
 
 	if (!(skb->mark & MARK_MASK))
 		return TC_ACT_UNSPEC;
-	kind = read_segment(skb, &segment);
+	kind = read_segment(skb, &segment, constant(is_ethernet));
 	if (skb->pkt_type == PACKET_OTHERHOST)
 		return comes(skb, &segment);
 	if (is_datagram(&segment))

@@ -8,8 +8,6 @@
  * transport header (a later fragment of TCP, a chain of extension headers longer
  * than anybody needs, a header cut off) is UNREADABLE, and the caller drops it.
  * TCP inside another protocol (a tunnel) is that protocol's.
- *
- * To be included after DEFINE_CONSTANTS.
  */
 #ifndef PYAMBIENT_SEGMENT_H
 #define PYAMBIENT_SEGMENT_H
@@ -69,14 +67,14 @@ static __always_inline int is_extension(__u32 protocol)
 }
 
 /* The EtherType; sets the offset of what follows it. A device without link header has none. */
-static __always_inline __u32 read_link(struct __sk_buff *skb, struct segment *seg)
+static __always_inline __u32 read_link(struct __sk_buff *skb, struct segment *seg, int is_ethernet)
 {
 	__u8 version;
 	__be16 type;
 	int i;
 
 	seg->offset = 0;
-	if (!constant(is_ethernet)) {
+	if (!is_ethernet) {
 		if (READ(skb, 0, version))
 			return 0;
 		return version >> 4 == 4 ? ETH_P_IP : version >> 4 == 6 ? ETH_P_IPV6 : 0;
@@ -192,9 +190,10 @@ static __always_inline int read_ipv6(struct __sk_buff *skb, struct segment *seg)
 }
 
 /* What of it could be read is in `seg`; of the TCP header all with SEGMENT. */
-static __always_inline int read_segment(struct __sk_buff *skb, struct segment *seg)
+static __always_inline int read_segment(struct __sk_buff *skb, struct segment *seg,
+					int is_ethernet)
 {
-	__u32 type = read_link(skb, seg);
+	__u32 type = read_link(skb, seg, is_ethernet);
 	int kind = OTHER;
 
 	if (type == ETH_P_IP)

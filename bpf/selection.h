@@ -35,7 +35,8 @@ struct selector {
 };
 
 /* The value of a selector: 1 if it excludes. The most specific one counts. */
-DEFINE_HASH_OF_TRIES(selections, struct selection, 8192, struct selector, __u8, 131072);
+DEFINE_HASH_OF_MAPS(selections, struct selection, 8192, OF_TRIES, struct selector, __u8, 131072,
+		    BPF_F_NO_PREALLOC);
 
 static __always_inline int excludes(void *trie, const struct selector *key)
 {

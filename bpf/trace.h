@@ -125,8 +125,8 @@ static __always_inline void tell(struct readers *readers, struct event *event)
 
 /*
  * Of programs that judge packets: both ends are known, who sent it is not. What
- * is read here of a packet multiplies what the verifier has to look at, at each
- * enrolment; so the protocol is told by the decision.
+ * is read here of a packet multiplies what the verifier has to look at, with `tc`
+ * at each enrolment; so the protocol is told by the decision.
  */
 static __always_inline void trace_packet(const struct connection *ends, __u64 netns, __u16 hook,
 					 __u16 family, __u32 decision)

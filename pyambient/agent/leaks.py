@@ -58,7 +58,7 @@ def describe_leaks(record: Record, netns: Netns | None, known: Leaks) -> dict[st
 
 def _drops(record: Record, netns: Netns | None) -> Drops | None:
     guards = [step for step in record.steps if isinstance(step, EgressGuard)]
-    drops = read_drops(Path(guards[0].bpffs), record.pod.uid) if guards else None
+    drops = read_drops(Path(guards[0].bpffs), guards[0].cookie) if guards else None
     if drops is None or netns is None:
         return drops
     held = sum(step.held_back(netns) for step in record.steps if isinstance(step, Fence))

@@ -107,7 +107,7 @@ class Bpf:
             *selection_entries(self._bpffs, cookie, options),
             *(() if by_ifindex else (LoopbackNote(self._bpffs, cookie),)),
             ProxyListeners(self._bpffs, str(self._cgroup), cookie, tuple(network.ports)),
-            SkLookup(self._bpffs, cookie, by_ifindex),
+            SkLookup(self._bpffs, cookie),
             *((DnsGate(self._bpffs, cookie),) if options.dns else ()),
             Gate(self._bpffs, cookie),
             *guards(self._bpffs, cookie, network, options),

@@ -33,7 +33,7 @@ from .foreign_hooks import refuse_foreign
 from .kernel_objects import Link
 from .loader import Constants
 from .mounts import ensure_bpffs
-from .node_hooks import ALL_HOOKS, BPF, PROGRAM_PREFIX, Hook, Place, ProgramSet
+from .node_hooks import ALL_HOOKS, BPF, PROGRAM_PREFIX, SHARED, Hook, Place, ProgramSet
 from .node_objects import NodeObjects, ahead
 from .node_pins import (
     detach_pinned,
@@ -110,6 +110,7 @@ class NodePrograms:
                 attached = self._is_attached(self.directory, hook)
                 if not attached or not uses(self.directory, hook, pinned):
                     absent.append(hook.pin)
+            absent += [s.program for s in SHARED if not uses(self.directory, s, pinned)]
         except PyambientError as error:
             return error.what
         return f"not pinned or not attached: {' '.join(absent)}" if absent else None
@@ -131,15 +132,17 @@ class NodePrograms:
             lost = [name for name in lost if not (directory / name).exists()]
         hooks = self.needed.hooks
         absent = [hook for hook in hooks if not self._is_attached(directory, hook)]
-        if repair:
+        others: tuple[str, ...] = ()
+        if repair or lost:
             pinned = pinned_identifiers(directory)
+            others = tuple(s.source for s in SHARED if not uses(directory, s, pinned))
+            others += self.needed.sources if lost else ()
             absent = [h for h in hooks if h in absent or not uses(directory, h, pinned)]
         if absent:
             refuse_foreign(self.cgroup, PROGRAM_PREFIX)
             self.proxy_cgroup.mkdir(exist_ok=True)
         directory.mkdir(exist_ok=True)
-        if absent or lost:
-            others = self.needed.sources if lost else ()
+        if absent or others:
             self._load(directory, absent, others, constants, is_first=is_first)
         if directory != self.directory:
             directory.rename(self.directory)
@@ -147,7 +150,8 @@ class NodePrograms:
     def load_ahead(self, constants: Constants) -> None:
         """Have everything loaded before the first pod claims it, unless pods have done so."""
         if not self._is_claimed():
-            sources = self._sources(self.needed.hooks, self.needed.sources)
+            others = (*(shared.source for shared in SHARED), *self.needed.sources)
+            sources = self._sources(self.needed.hooks, others)
             ahead.load(self.bpffs, sources, constants)
 
     def _load(
@@ -159,7 +163,7 @@ class NodePrograms:
         *,
         is_first: bool,
     ) -> None:
-        """Attach these hooks, and make the maps of theirs and of `others` that are not there.
+        """Attach these hooks, have `others` loaded, and make maps of theirs that are not there.
 
         What is loaded ahead is for the first pod: what others have lost is made anew.
         """

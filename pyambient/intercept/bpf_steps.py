@@ -6,7 +6,6 @@ its cookie is never used again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import socket
@@ -17,33 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pyambient.errors import PyambientError
 from pyambient.model.address import packed_ip
 from pyambient.model.numbers import DNS_SLOT_COUNT
 from pyambient.model.ports import Ports
 
 from . import lo_filter
 from .bpf_node import NodePrograms
+from .entry import lookup_entry
 from .interface import Pod, Stage, Step, step
-from .kernel_objects import AttachType, Link, Map, program_info
+from .kernel_objects import AttachType, Link, program_info
 from .loader import Constants, load
-from .node_hooks import BPF, TRACE_MAPS, Place, ProgramSet
+from .node_hooks import BPF, LOOKUP, Place, ProgramSet
 from .node_pins import detach_pinned, existing_map, node_map, pod_directory, uses_pinned_maps
 from .original_dns import RESOLVERS_MAP, slot_key
 
-_LOOKUP_MAPS = (
-    *("pods", "addresses", "listeners", "workers", "upstreams", "selections", "dns_pods", "probes"),
-    *TRACE_MAPS,
-)
 _LINK_PIN = "sk_lookup"
-_NOTES_PIN = "notes"
-
-
-def _existing_notes(bpffs: Path, uid: str) -> Map:
-    found = Map.open_pinned(pod_directory(bpffs, uid) / _NOTES_PIN)
-    if found is None:
-        raise PyambientError("the notes of the filter on lo are gone", "enrol the pod again")
-    return found
 
 
 @step
@@ -325,7 +312,7 @@ class LoopbackNote:
     qdisc_added: bool | None = field(default=None, compare=False)
 
     def describe(self) -> str:
-        return f"tc filter add dev lo ingress bpf direct-action, notes in {self.bpffs}/pods"
+        return f"tc filter add dev lo ingress bpf direct-action, notes in {self.bpffs}/node"
 
     def observed(self, pod: Pod) -> Self:
         if self.qdisc_added is not None:
@@ -343,48 +330,38 @@ class LoopbackNote:
         return observed
 
     def _attach(self, pod: Pod) -> None:
-        """Notes that are there already stay: the pod's sk_lookup reads those."""
-        with contextlib.ExitStack() as stack:
-            notes = Map.open_pinned(self._pin(pod))
-            shared = {} if notes is None else {"notes": stack.enter_context(notes)}
-            loaded = stack.enter_context(load("note", Constants(netns=self.cookie), shared))
-            if notes is None:
-                stack.enter_context(loaded.maps()["notes"]).pin(self._pin(pod))
+        constants = Constants(netns=self.cookie)
+        with (
+            existing_map(Path(self.bpffs), "notes") as notes,
+            load("note", constants, {notes.name: notes}) as loaded,
+        ):
             lo_filter.attach(pod.netns, loaded.program_fd("pyamb_note"))
 
     def undo(self, pod: Pod) -> None:
         lo_filter.detach(pod.netns)
         if self.qdisc_added:
             lo_filter.remove_qdisc(pod.netns)
-        self._pin(pod).unlink(missing_ok=True)
 
     def missing(self, pod: Pod) -> str | None:
         identifier = lo_filter.attached(pod.netns)
         program = program_info(identifier) if identifier else None
         if program is None:
             return "the filter on lo is gone"
-        notes = Map.open_pinned(self._pin(pod))
-        if notes is None:
-            return "the notes of the filter on lo are gone"
-        with notes:
+        with existing_map(Path(self.bpffs), "notes") as notes:
             shared = notes.identifier in program.maps
         return None if shared else "another filter is on lo"
-
-    def _pin(self, pod: Pod) -> Path:
-        return pod_directory(Path(self.bpffs), pod.uid) / _NOTES_PIN
 
 
 @step
 @dataclass(frozen=True, slots=True)
 class SkLookup:
-    """The pod's own instance of the program that hands new connections to the proxy."""
+    """The pod's entry to the program that hands new connections to the proxy."""
 
     kind: ClassVar[str] = "bpf-sk-lookup"
     stage: ClassVar[Stage] = Stage.STEER
 
     bpffs: str
     cookie: int
-    has_ingress_ifindex: bool
 
     def describe(self) -> str:
         return f"bpf attach sk_lookup to this network namespace, pinned in {self.bpffs}/pods"
@@ -392,15 +369,15 @@ class SkLookup:
     def apply(self, pod: Pod) -> Self:
         if self.missing(pod) is None:
             return self
-        constants = Constants(self.cookie, has_ingress_ifindex=self.has_ingress_ifindex)
+        name, bpffs = LOOKUP.program, Path(self.bpffs)
         with (
-            self._existing_maps(pod) as shared,
-            load("lookup", constants, shared) as loaded,
+            existing_map(bpffs, LOOKUP.map) as program,
+            existing_map(bpffs, "entered") as entered,
+            lookup_entry(name, program, entered, self.cookie) as entry,
+            Link.create(entry.fd, pod.netns.fd, AttachType.SK_LOOKUP) as link,
         ):
-            program = loaded.program_fd("pyamb_sk_lookup")
-            with Link.create(program, pod.netns.fd, AttachType.SK_LOOKUP) as link:
-                self._pin(pod).unlink(missing_ok=True)
-                link.pin(self._pin(pod))
+            self._pin(pod).unlink(missing_ok=True)
+            link.pin(self._pin(pod))
         return self
 
     def undo(self, pod: Pod) -> None:
@@ -415,30 +392,8 @@ class SkLookup:
             info = link.info()
         if info.target != pod.netns.inode:
             return "the sk_lookup link has lost its namespace"
-        return None if self._shares_maps(pod, info.program) else "sk_lookup uses maps that are gone"
-
-    @contextlib.contextmanager
-    def _existing_maps(self, pod: Pod) -> Iterator[dict[str, Map]]:
-        """The node's, and what the filter on lo writes where that is needed."""
-        bpffs = Path(self.bpffs)
-        with contextlib.ExitStack() as stack:
-            opened = [existing_map(bpffs, name) for name in _LOOKUP_MAPS]
-            if not self.has_ingress_ifindex:
-                opened.append(_existing_notes(bpffs, pod.uid))
-            yield {m.name: stack.enter_context(m) for m in opened}
-
-    def _shares_maps(self, pod: Pod, program: int) -> bool:
-        """Of what a program does not use the loaders may leave out, or in, what they like."""
-        known = program_info(program)
-        if known is None or not uses_pinned_maps(Path(self.bpffs), program):
-            return False
-        if self.has_ingress_ifindex:
-            return True
-        try:
-            with _existing_notes(Path(self.bpffs), pod.uid) as notes:
-                return notes.identifier in known.maps
-        except PyambientError:
-            return False
+        is_whole = uses_pinned_maps(Path(self.bpffs), info.program)
+        return None if is_whole else "sk_lookup uses maps that are gone"
 
     def _pin(self, pod: Pod) -> Path:
         return pod_directory(Path(self.bpffs), pod.uid) / _LINK_PIN

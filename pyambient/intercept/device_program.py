@@ -41,7 +41,6 @@ from pyambient.netns import Netns
 from . import libbpf, lo_filter
 from .interface import Pod, Stage
 from .kernel_objects import AttachType, Link, program_info
-from .loader import LoadedObject
 from .node_hooks import PROGRAM_PREFIX
 from .node_pins import detach_pinned, pod_directory, uses_pinned_maps
 from .rtnetlink import request, routing
@@ -97,8 +96,8 @@ class DeviceProgram(ABC):
     made_qdisc: bool = field(default=False, compare=False, kw_only=True)
 
     @abstractmethod
-    def load(self, pod: Pod) -> AbstractContextManager[LoadedObject]:
-        """The object with the program, sharing the maps that it is to share."""
+    def loaded(self, pod: Pod) -> AbstractContextManager[int]:
+        """The fd of the program, which shares the maps that it is to share."""
 
     def describe(self) -> str:
         place = self.place
@@ -125,8 +124,7 @@ class DeviceProgram(ABC):
                 held.close()
 
     def _attached(self, pod: Pod, index: int, held: Link | None) -> Self:
-        with self.load(pod) as loaded:
-            program = loaded.program_fd(self.place.program)
+        with self.loaded(pod) as program:
             if held is not None:
                 held.update(program)
             elif not self._link(pod, program, index):

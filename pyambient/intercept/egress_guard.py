@@ -16,29 +16,65 @@ what does not bear this one's sign.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Self
 
+from . import guard_maps
 from .device_program import DevicePlace, DeviceProgram, Direction
-from .guard_maps import COUNTS, EXISTING, LAST, LET_IN, keep_new, note_existing, opened
+from .entry import Choice, device_entry
+from .existing import existing_connections
+from .guard_maps import DROPS, EXISTING
 from .interface import Pod, Stage, step
-from .loader import Constants, LoadedObject, load
-from .node_hooks import TRACE_MAPS
+from .node_hooks import GUARD
 from .node_pins import existing_map
 
-_NODE_MAPS: Final = (
-    *("proxy_sockets", "captured_socks", "selections", "probes", "pods", "dns_pods"),
-    *TRACE_MAPS,
-)
+
+@step
+@dataclass(frozen=True, slots=True)
+class GuardedPod:
+    """What the guards of all devices of a pod share: its places in maps of the node.
+
+    `older` is how many connections from before are in there, None as long as nobody has looked.
+    Who has lost them must not look again: what is there by then may have passed a guard that was
+    gone.
+    """
+
+    kind: ClassVar[str] = "bpf-guarded"
+    stage: ClassVar[Stage] = Stage.GATE
+
+    bpffs: str
+    cookie: int
+    older: int | None = field(default=None, compare=False)
+
+    def describe(self) -> str:
+        return f"bpf maps {EXISTING}, {DROPS} += this network namespace"
+
+    def apply(self, pod: Pod) -> Self:
+        bpffs, cookie = Path(self.bpffs), self.cookie
+        guard_maps.count_drops(bpffs, cookie)
+        if self.older is not None:
+            return self
+        connections = existing_connections(pod.netns)
+        if connections:
+            guard_maps.note_older(bpffs, cookie, connections)
+        return dataclasses.replace(self, older=len(connections))
+
+    def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the cookie is never used again
+        guard_maps.forget(Path(self.bpffs), self.cookie)
+
+    def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - the maps are the node's
+        there = guard_maps.has_place(Path(self.bpffs), DROPS, self.cookie)
+        return None if there else f"not in the BPF map {DROPS}"
 
 
 @step
 @dataclass(frozen=True, slots=True)
 class EgressGuard(DeviceProgram):
-    """The guard on one device. What is redirected by a program ahead of it never comes here.
+    """The guard of one device. What is redirected by a program ahead of it never comes here.
 
     With `counts_only` it drops nothing; `signs` is for the guard on the node.
     """
@@ -52,21 +88,18 @@ class EgressGuard(DeviceProgram):
     signs: bool = False
 
     @contextlib.contextmanager
-    def load(self, pod: Pod) -> Iterator[LoadedObject]:
-        bpffs = Path(self.bpffs)
-        note_existing(pod, bpffs, look=not self.index)
-        constants = Constants(
-            netns=self.cookie,
-            is_ethernet=self.is_ethernet(pod),
-            counts_only=self.counts_only,
-            sign=sign_of(pod) if self.signs else 0,
-        )
-        with contextlib.ExitStack() as stack:
-            shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}
-            shared |= stack.enter_context(opened(pod, bpffs, EXISTING, LET_IN, COUNTS, LAST))
-            loaded = stack.enter_context(load("guard", constants, shared))
-            keep_new(pod, bpffs, loaded, shared)
-            yield loaded
+    def loaded(self, pod: Pod) -> Iterator[int]:
+        choices = Choice(0)
+        if self.is_ethernet(pod):
+            choices |= Choice.IS_ETHERNET
+        if self.counts_only:
+            choices |= Choice.COUNTS_ONLY
+        sign = sign_of(pod) if self.signs else 0
+        with (
+            existing_map(Path(self.bpffs), GUARD.map) as program,
+            device_entry(GUARD.program, program, self.cookie, choices, sign) as entry,
+        ):
+            yield entry.fd
 
 
 def sign_of(pod: Pod) -> int:

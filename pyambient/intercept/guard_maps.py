@@ -1,39 +1,34 @@
-"""What the guards of one pod share and tell: maps pinned in the pod's directory of bpffs.
+"""What the guards of one pod share and tell: the pod's places in maps of the node.
 
-`existing` holds the sockets from before the enrolment, `let_in` those that a selection let come in
-and that have not spoken yet, the others what was dropped. They go with the directory, when the pod
-is freed.
+`existing` holds the sockets from before the enrolment, in a map for each pod that has any; `drops`
+what was dropped, and how much.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from pyambient.model.address import SocketAddress, canonical_ip
 
-from .existing import existing_connections
-from .interface import Pod
 from .kernel_objects import Map, MapType
-from .loader import LoadedObject
-from .node_pins import pod_directory
+from .node_pins import existing_map, node_map
+from .socket_diag import Socket
 
 EXISTING: Final = "existing"
-COUNTS: Final = "drop_counts"
-LET_IN: Final = "let_in"
-LAST: Final = "last_drops"
+DROPS: Final = "drops"
 # In the order of their numbers in bpf/drops.h.
 REASONS: Final = ("captured", "socket", "raw", "forwarded", "unreadable", "unsigned", "dns")
-_LAST_DROPS: Final = 16
-_KEY: Final = struct.Struct("=I")
+_FD: Final = struct.Struct("=I")
 _COOKIE: Final = struct.Struct("=Q")
-# struct drop of bpf/drops.h.
+_INNER: Final = (_COOKIE.size, 1)  # of the maps in `existing` (bpf/guard.bpf.c)
+# struct drops and struct drop of bpf/drops.h.
+_COUNTS: Final = struct.Struct(f"={len(REASONS)}Q")
 _DROP: Final = struct.Struct("=8x16s16sIIQII")
 
 
@@ -79,62 +74,66 @@ class Drops:
         return {"dropped": counts, "last": [drop.to_json() for drop in self.last]}
 
 
-@contextlib.contextmanager
-def opened(pod: Pod, bpffs: Path, *names: str) -> Iterator[dict[str, Map]]:
-    """Those of the pod's maps that are there."""
-    directory = pod_directory(bpffs, pod.uid)
-    with contextlib.ExitStack() as stack:
-        found = [Map.open_pinned(directory / name) for name in names]
-        yield {m.name: stack.enter_context(m) for m in found if m is not None}
+def note_older(bpffs: Path, cookie: int, connections: Collection[Socket]) -> None:
+    """Note a pod's connections from before its enrolment; what is there stays.
 
-
-def keep_new(pod: Pod, bpffs: Path, loaded: LoadedObject, known: Mapping[str, Map]) -> None:
-    """Pin the maps that the object had to make itself."""
-    for name, fresh in loaded.maps().items():
-        with fresh:
-            if name not in known:
-                fresh.pin(pod_directory(bpffs, pod.uid) / name)
-
-
-def note_existing(pod: Pod, bpffs: Path, *, look: bool) -> None:
-    """Have `existing` pinned; unless it is, with what the pod has now if `look`, or empty.
-
-    Who had it and lost it must not look again: what is there by now may have passed a guard that
-    was gone.
+    Only where there are any: when a map in a map changes, the kernel waits until no CPU can still
+    be at what was there before, which takes it milliseconds.
     """
-    pin = pod_directory(bpffs, pod.uid) / EXISTING
-    if pin.exists():
-        return
-    connections = existing_connections(pod.netns) if look else ()
-    size = max(1, len(connections))
-    with Map.create(MapType.HASH, EXISTING, (_COOKIE.size, 1), size, 0) as existing:
+    with existing_map(bpffs, EXISTING) as existing, _filled(connections) as older:
+        existing.add(_COOKIE.pack(cookie), _FD.pack(older.fd))
+
+
+def _filled(connections: Collection[Socket]) -> Map:
+    older = Map.create(MapType.HASH, EXISTING, _INNER, len(connections), 0)
+    try:
         for connection in connections:
-            existing.put(_COOKIE.pack(connection.cookie), b"\1")
-        existing.pin(pin)
+            older.put(_COOKIE.pack(connection.cookie), b"\1")
+    except BaseException:
+        older.close()
+        raise
+    return older
 
 
-def read_drops(bpffs: Path, uid: str) -> Drops | None:
+def count_drops(bpffs: Path, cookie: int) -> None:
+    """Have a place for what is dropped of a pod, which keeps what it has."""
+    with existing_map(bpffs, DROPS) as drops:
+        drops.add(_COOKIE.pack(cookie), bytes(drops.value_size))
+
+
+def forget(bpffs: Path, cookie: int) -> None:
+    """Give up the pod's places."""
+    for name in (EXISTING, DROPS):
+        if has_place(bpffs, name, cookie):
+            with existing_map(bpffs, name) as found:
+                found.delete(_COOKIE.pack(cookie))
+
+
+def has_place(bpffs: Path, name: str, cookie: int) -> bool:
+    return _get(bpffs, name, cookie) is not None
+
+
+def _get(bpffs: Path, name: str, cookie: int) -> bytes | None:
+    found = node_map(bpffs, name)
+    if found is None:
+        return None
+    with found:
+        return found.get(_COOKIE.pack(cookie))
+
+
+def read_drops(bpffs: Path, cookie: int) -> Drops | None:
     """What was dropped of a pod since its enrolment; None where nothing guards it."""
-    directory = pod_directory(bpffs, uid)
-    counts, last = Map.open_pinned(directory / COUNTS), Map.open_pinned(directory / LAST)
-    with contextlib.ExitStack() as stack:
-        if counts is None or last is None:
-            return None
-        stack.enter_context(counts)
-        stack.enter_context(last)
-        numbers = {r: _total(counts, number) for number, r in enumerate(REASONS)}
-        places = [last.get(_KEY.pack(place)) for place in range(_LAST_DROPS)]
-    drops = [drop for raw in places if raw and (drop := _read(raw)).count]
-    return Drops(numbers, tuple(sorted(drops, key=lambda drop: drop.at)))
+    raw = _get(bpffs, DROPS, cookie)
+    if raw is None:
+        return None
+    counts = dict(zip(REASONS, _COUNTS.unpack_from(raw), strict=True))
+    places = _DROP.iter_unpack(raw[_COUNTS.size :])
+    drops = [drop for place in places if (drop := _read(place)).count]
+    return Drops(counts, tuple(sorted(drops, key=lambda drop: drop.at)))
 
 
-def _total(counts: Map, number: int) -> int:
-    values = counts.get_of_each_cpu(_KEY.pack(number))
-    return sum(int.from_bytes(value, "little") for value in values)
-
-
-def _read(raw: bytes) -> Drop:
-    source, destination, from_port, to_port, nanoseconds, reason, count = _DROP.unpack(raw)
+def _read(place: tuple[Any, ...]) -> Drop:
+    source, destination, from_port, to_port, nanoseconds, reason, count = place
     return Drop(
         REASONS[reason],
         SocketAddress(_ip(source), from_port),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyambient.errors import UsageError
 
-from .egress_guard import EgressGuard
+from .egress_guard import EgressGuard, GuardedPod
 from .interface import PodNetwork, Step
 from .node_guard import NodeGuard
 from .options import CaptureOptions
@@ -22,7 +22,7 @@ def guards(
         for device in network.devices
     ]
     outside = [NodeGuard(bpffs, device, cookie, counts_only) for device in network.devices]
-    return (*inside, *(outside if options.guard_node else ()))
+    return (GuardedPod(bpffs, cookie), *inside, *(outside if options.guard_node else ()))
 
 
 def refuse_guard_node(backend: str, options: CaptureOptions) -> None:

@@ -21,6 +21,7 @@ _INFO_BYTES: Final = 256
 _MOST_PROGRAMS: Final = 64
 _MOST_MAPS: Final = 16
 _BEFORE_ALL: Final = 1 << 3  # BPF_F_BEFORE, relative to nothing
+_IF_NONE: Final = 1  # BPF_NOEXIST
 _MOST_AT_ONCE: Final = 1024
 _NOT_SUPPORTED: Final = 524  # the kernel's own ENOTSUPP, which libc has no name for
 
@@ -29,6 +30,7 @@ class MapType(enum.IntEnum):
     """Kinds of maps that are made here, not by loading an object (enum bpf_map_type)."""
 
     HASH = 1
+    PROG_ARRAY = 3
     LPM_TRIE = 11
     RINGBUF = 27
 
@@ -172,6 +174,11 @@ class Map(KernelObject):
 
     def put(self, key: bytes, value: bytes) -> None:
         libbpf.call("bpf_map_update_elem", self.fd, key, value, 0)
+
+    def add(self, key: bytes, value: bytes) -> None:
+        """Put it there if there is none; what is there stays."""
+        with contextlib.suppress(FileExistsError):
+            libbpf.call("bpf_map_update_elem", self.fd, key, value, _IF_NONE)
 
     def put_all(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Many at once, where the kernel takes them so (tries: Linux 5.13)."""

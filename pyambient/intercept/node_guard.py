@@ -19,16 +19,16 @@ from pyambient.netns import Netns
 
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .egress_guard import sign_of
-from .guard_maps import COUNTS, LAST, keep_new, opened
+from .guard_maps import DROPS
 from .interface import Pod, Stage, step
-from .loader import Constants, LoadedObject, load
+from .loader import Constants, load
 from .node_hooks import TRACE_MAPS
 from .node_pins import existing_map
 from .rtnetlink import routes
 
 _VETH: Final = "veth"
 
-_NODE_MAPS: Final = ("dns_pods", *TRACE_MAPS)
+_NODE_MAPS: Final = ("dns_pods", DROPS, *TRACE_MAPS)
 
 
 @functools.cache
@@ -56,18 +56,13 @@ class NodeGuard(DeviceProgram):
         )
 
     @contextlib.contextmanager
-    def load(self, pod: Pod) -> Iterator[LoadedObject]:
+    def loaded(self, pod: Pod) -> Iterator[int]:
         bpffs = Path(self.bpffs)
-        # The peer of a veth is one, so it has an Ethernet header.
-        constants = Constants(
-            self.cookie, is_ethernet=True, counts_only=self.counts_only, sign=sign_of(pod)
-        )
+        constants = Constants(self.cookie, counts_only=self.counts_only, sign=sign_of(pod))
         with contextlib.ExitStack() as stack:
             shared = {n: stack.enter_context(existing_map(bpffs, n)) for n in _NODE_MAPS}
-            shared |= stack.enter_context(opened(pod, bpffs, COUNTS, LAST))
-            loaded = stack.enter_context(load("guard_node", constants, shared))
-            keep_new(pod, bpffs, loaded, shared)
-            yield loaded
+            objects = stack.enter_context(load("guard_node", constants, shared))
+            yield objects.program_fd(self.place.program)
 
     def reserve(self, pod: Pod) -> None:
         """Nothing: to find the device takes as long."""

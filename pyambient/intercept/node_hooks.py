@@ -16,6 +16,8 @@ MAPS: Final = (
     *("proxy_sockets", "captured_socks", "upstreams", "selections"),
     *("dns_pods", RESOLVERS_MAP),
     *("probe_sockets", "probes", "moved_ports"),
+    *("entered", "notes", "existing", "let_in", "drops"),
+    *("lookup_program", "guard_program"),
     *TRACE_MAPS,
 )
 REDIRECT_MAPS: Final = ("forwarded", "forwarded_dns", "split_dns")
@@ -86,8 +88,22 @@ ALL_HOOKS: Final = tuple(dict.fromkeys((*HOOKS, *PROXY_HOOKS)))
 
 
 @dataclass(frozen=True, slots=True)
+class SharedProgram:
+    """A program that no hook runs but the pods' entries go on to, by way of a map (`entry`)."""
+
+    source: str
+    program: str
+    map: str
+
+
+LOOKUP: Final = SharedProgram("lookup", "pyamb_sk_lookup", "lookup_program")
+GUARD: Final = SharedProgram("guard", "pyamb_guard", "guard_program")
+SHARED: Final = (LOOKUP, GUARD)
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramSet:
-    """What one backend needs of the node.
+    """What one backend needs of the node, beside the shared programs.
 
     `sources` are programs that each pod loads for itself, and whose maps all pods share.
     """

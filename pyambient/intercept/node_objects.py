@@ -14,14 +14,17 @@ has. `probes` is not: its keys are the ends of connections, so it is emptied in 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Self
 
-from .kernel_objects import Map
+from .kernel_objects import Map, MapType
 from .loader import Constants, LoadedObject, load
+from .node_hooks import SHARED, SharedProgram
 
 _KEYED_BY_ENDS: Final = "probes"
+_ONLY: Final = struct.pack("=I", 0)
 
 
 class NodeObjects:
@@ -49,6 +52,18 @@ class NodeObjects:
                 held.close()
             else:
                 self._made[name] = held
+        for shared_program in SHARED:
+            if shared_program.source == source:
+                self._offer(shared_program)
+
+    def _offer(self, shared: SharedProgram) -> None:
+        """Have the pods' entries go on to a program of these objects."""
+        array = self._known.get(shared.map)
+        if array is None:
+            array = Map.create(MapType.PROG_ARRAY, shared.map, (4, 4), 1, 0)
+            self._made[shared.map] = array
+        program = self._objects[shared.source].program_fd(shared.program)
+        array.put(_ONLY, struct.pack("=I", program))
 
     def program_fd(self, source: str, program: str) -> int:
         """A program's fd; it belongs to the objects."""

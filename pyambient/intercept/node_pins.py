@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from pyambient.errors import PyambientError
 
 from .kernel_objects import Link, Map, program_info
-from .node_hooks import ALL_HOOKS, ALL_MAPS, Hook
+from .node_hooks import ALL_HOOKS, ALL_MAPS, SHARED, Hook, SharedProgram
 
 
 def pod_directory(bpffs: Path, uid: str) -> Path:
@@ -58,13 +59,23 @@ def pinned_identifiers(directory: Path) -> dict[str, int]:
         return {m.name: stack.enter_context(m).identifier for m in pinned_maps(directory)}
 
 
-def _program_of(directory: Path, hook: Hook) -> int:
-    """The id of the program that runs for a hook; 0 where it is not attached."""
-    link = Link.open_pinned(directory / hook.pin)
+def _program_of(directory: Path, where: Hook | SharedProgram) -> int:
+    """The id of the program that runs there; 0 where none does."""
+    if isinstance(where, SharedProgram):
+        return _shared_program(directory, where)
+    link = Link.open_pinned(directory / where.pin)
     if link is None:
         return 0
     with link:
         return link.info().program
+
+
+def _shared_program(directory: Path, shared: SharedProgram) -> int:
+    array = Map.open_pinned(directory / shared.map)
+    if array is None:
+        return 0
+    with array:
+        return int.from_bytes(array.get(bytes(4)) or b"", sys.byteorder)
 
 
 def uses_pinned_maps(bpffs: Path, program: int) -> bool:
@@ -91,10 +102,12 @@ def _node_maps_of(program: int) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def uses(directory: Path, hook: Hook, pinned: dict[str, int]) -> bool:
-    """Whether a hook's program works with the maps that are pinned, not with others."""
-    program = _program_of(directory, hook)
-    return all(pinned.get(name) == identifier for name, identifier in _node_maps_of(program))
+def uses(directory: Path, where: Hook | SharedProgram, pinned: dict[str, int]) -> bool:
+    """Whether a program is there and works with the maps that are pinned, not with others."""
+    program = _program_of(directory, where)
+    return program != 0 and all(
+        pinned.get(name) == identifier for name, identifier in _node_maps_of(program)
+    )
 
 
 def pin_used_maps(directory: Path) -> None:
@@ -103,8 +116,9 @@ def pin_used_maps(directory: Path) -> None:
     A map made anew would not know the listeners that the proxy has already.
     """
     done: set[str] = set()
-    for hook in ALL_HOOKS:
-        for name, identifier in _node_maps_of(_program_of(directory, hook)):
+    everywhere: tuple[Hook | SharedProgram, ...] = (*ALL_HOOKS, *SHARED)
+    for where in everywhere:
+        for name, identifier in _node_maps_of(_program_of(directory, where)):
             if name not in done:
                 done.add(name)
                 with Map.open_by_identifier(identifier) as held:

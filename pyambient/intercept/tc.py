@@ -98,7 +98,7 @@ class Tc:
             *selection_entries(bpffs, cookie, options),
             *(() if by_ifindex else (LoopbackNote(bpffs, cookie),)),
             ProxyListeners(bpffs, str(self._cgroup), cookie, tuple(network.ports)),
-            SkLookup(bpffs, cookie, by_ifindex),
+            SkLookup(bpffs, cookie),
             *((RedirectDnsGate(bpffs, cookie),) if options.dns else ()),
             RedirectGate(bpffs, cookie),
             *guards(bpffs, cookie, network, options),

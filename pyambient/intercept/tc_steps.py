@@ -11,7 +11,7 @@ from typing import ClassVar, Final
 from .bpf_steps import CapturedBy, DnsGate, Gate, NodeStep
 from .device_program import DevicePlace, DeviceProgram, Direction
 from .interface import Pod, step
-from .loader import Constants, LoadedObject, load
+from .loader import Constants, load
 from .node_hooks import TC, TRACE_MAPS, ProgramSet
 from .node_pins import existing_map
 
@@ -39,12 +39,13 @@ class _Redirecting(DeviceProgram):
     cookie: int
 
     @contextlib.contextmanager
-    def load(self, pod: Pod) -> Iterator[LoadedObject]:
+    def loaded(self, pod: Pod) -> Iterator[int]:
         constants = Constants(self.cookie, is_ethernet=self.is_ethernet(pod))
         with contextlib.ExitStack() as stack:
             opened = [stack.enter_context(existing_map(Path(self.bpffs), n)) for n in _SHARED]
             shared = {found.name: found for found in opened}
-            yield stack.enter_context(load("redirect", constants, shared))
+            objects = stack.enter_context(load("redirect", constants, shared))
+            yield objects.program_fd(self.place.program)
 
 
 @step

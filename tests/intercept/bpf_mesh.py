@@ -7,8 +7,10 @@ from typing import Self
 
 from pyambient.intercept import runner
 from pyambient.intercept.choose import choose
+from pyambient.intercept.guard_maps import Drops, read_drops
 from pyambient.intercept.interface import Plan, Pod, Site, Stage, Step
 from pyambient.intercept.kernel_objects import LinkInfo, link_infos
+from pyambient.intercept.netns_cookie import netns_cookie
 from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.intercept.survey import survey
 from pyambient.model.address import SocketAddress
@@ -87,6 +89,13 @@ class BpfMesh:
 def target(pod: BedPod) -> Pod:
     """The pod as enrolment sees it; a uid with a dot, as bpffs does not like them."""
     return Pod(f"uid.of.{pod.name}", pod.netns)
+
+
+def drops_of(pod: BedPod) -> Drops:
+    """What the guards of an enrolled pod dropped; its plan has told the cookie already."""
+    found = read_drops(BPFFS, netns_cookie(pod.netns, None))
+    assert found is not None
+    return found
 
 
 def links_on(*places: BedPod | Path) -> set[LinkInfo]:

@@ -14,7 +14,6 @@ from functools import partial
 import pytest
 
 from pyambient.intercept.existing import end_older_queries
-from pyambient.intercept.guard_maps import read_drops
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.selection import Selection
 from pyambient.intercept.socket_diag import udp_sockets_to
@@ -25,7 +24,7 @@ from tests.bed.forging import Datagram, Frame, send_frames, send_packets
 from tests.bed.nested import nested, route_to
 from tests.bed.patience import wait_for
 
-from .bpf_mesh import BPFFS, BpfMesh, target
+from .bpf_mesh import BpfMesh, drops_of
 from .dns_apps import Answer, ask, resolve, resolver_at
 from .test_bpf_guard_attacks import mac_of
 
@@ -71,9 +70,7 @@ def asking(pod: BedPod, resolver: SocketAddress, mark: int | None = None) -> Chi
 
 
 def dropped(pod: BedPod) -> dict[str, int]:
-    found = read_drops(BPFFS, target(pod).uid)
-    assert found is not None
-    return {reason: count for reason, count in found.counts.items() if count}
+    return {reason: count for reason, count in drops_of(pod).counts.items() if count}
 
 
 @pytest.mark.parametrize("mark", [None, PROXY_MARK], ids=["unprivileged", "forged mark"])

@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 
-from pyambient.intercept.guard_maps import Drops, read_drops
+from pyambient.intercept.guard_maps import Drops
 from pyambient.intercept.options import CaptureOptions
 from tests.bed import Bed, BedPod, Capability, capturing, marking
 from tests.bed.forging import (
@@ -29,7 +29,7 @@ from tests.bed.forging import (
 )
 from tests.bed.patience import wait_for
 
-from .bpf_mesh import BPFFS, BpfMesh, at, serve, target
+from .bpf_mesh import BpfMesh, at, drops_of, serve
 
 MARKER = b"bytes that must not be on the wire"
 _TAIL = MARKER[8:]  # of which a later fragment holds all
@@ -48,9 +48,7 @@ class Setting:
     mode: str
 
     def drops(self, pod: BedPod | None = None) -> Drops:
-        found = read_drops(BPFFS, target(pod or self.a).uid)
-        assert found is not None
-        return found
+        return drops_of(pod or self.a)
 
     def segment(self, family: str, flags: int = ACK | PSH, payload: bytes = MARKER) -> Forged:
         return Forged(at(self.a, family, 4711), at(self.outside, family, 80), flags, payload)

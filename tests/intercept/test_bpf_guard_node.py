@@ -9,7 +9,6 @@ import pytest
 
 from pyambient.errors import PyambientError
 from pyambient.intercept.egress_guard import EgressGuard
-from pyambient.intercept.guard_maps import read_drops
 from pyambient.intercept.node_guard import NodeGuard, peer_index
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.runner import verify
@@ -19,7 +18,7 @@ from tests.bed.network import command
 from tests.bed.snapshot import kernel_state
 from tests.bed.xdp import xdp_sender
 
-from .bpf_mesh import BPFFS, BpfMesh, at, serve, target
+from .bpf_mesh import BpfMesh, at, drops_of, serve, target
 from .test_bpf_guard_attacks import MARKER, mac_of
 from .test_bpf_guard_egress import refuse_tcx
 
@@ -55,9 +54,7 @@ def node_hooks(pods: tuple[BedPod, ...]) -> list[str]:
 
 
 def dropped(pod: BedPod) -> dict[str, int]:
-    found = read_drops(BPFFS, target(pod).uid)
-    assert found is not None
-    return {reason: count for reason, count in found.counts.items() if count}
+    return {reason: count for reason, count in drops_of(pod).counts.items() if count}
 
 
 def forged_frame(a: BedPod, outside: BedPod, family: str) -> tuple[Frame, bytes]:

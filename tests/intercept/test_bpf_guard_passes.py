@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 
 from pyambient.intercept.existing import existing_connections
-from pyambient.intercept.guard_maps import read_drops
 from pyambient.intercept.loader import Constants
 from pyambient.model.address import SocketAddress
 from tests.bed import Bed, BedPod, Capability, Channel, Child, apps, capturing, marking
@@ -20,7 +19,7 @@ from tests.bed.forging import ACK, Forged, send_tcp
 from tests.bed.network import command
 from tests.bed.patience import patience, wait_for
 
-from .bpf_mesh import BPFFS, PORT, BpfMesh, at, serve, target
+from .bpf_mesh import PORT, BpfMesh, at, drops_of, serve
 
 _MARKER = b"from before"
 
@@ -46,9 +45,7 @@ def enrolled() -> Iterator[contextlib.ExitStack]:
 
 
 def dropped(pod: BedPod) -> dict[str, int]:
-    found = read_drops(BPFFS, target(pod).uid)
-    assert found is not None
-    return {reason: count for reason, count in found.counts.items() if count}
+    return {reason: count for reason, count in drops_of(pod).counts.items() if count}
 
 
 def keep_talking(channel: Channel, destination: SocketAddress) -> None:

@@ -14,13 +14,12 @@ import pytest
 from pyambient.intercept import lo_filter, probe, runner
 from pyambient.intercept.loader import Constants
 from pyambient.intercept.netns_cookie import ask_by_connect
-from pyambient.intercept.node_pins import pod_directory
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import INBOUND_PORT, LOOPBACK_MARK
 from tests.bed import Bed, BedPod, Capability, apps
 from tests.bed.snapshot import kernel_state
 
-from .bpf_mesh import BPFFS, BpfMesh, at, serve, target
+from .bpf_mesh import BpfMesh, at, serve, target
 
 _SYN_RECV = "03"
 _TCP_SYN = 0x02
@@ -106,16 +105,11 @@ def _remove_qdisc(pod: BedPod) -> None:
     lo_filter.remove_qdisc(pod.netns)
 
 
-def _remove_notes(pod: BedPod) -> None:
-    (pod_directory(BPFFS, target(pod).uid) / "notes").unlink()
-
-
 @pytest.mark.parametrize(
     ("damage", "kinds"),
     [
         (_remove_filter, ["tc-note"]),
         (_remove_qdisc, ["tc-note"]),
-        (_remove_notes, ["tc-note", "bpf-sk-lookup"]),
     ],
     ids=lambda value: getattr(value, "__name__", "").lstrip("_"),
 )

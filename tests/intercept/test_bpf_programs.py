@@ -6,6 +6,7 @@ says of it is what it says of a packet socket's.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from pyambient.intercept.guard_maps import COUNTS, REASONS
+from pyambient.intercept.entry import Choice, device_entry, lookup_entry
+from pyambient.intercept.guard_maps import DROPS, REASONS
 from pyambient.intercept.kernel_objects import Map, MapType
 from pyambient.intercept.loader import Constants, LoadedObject, load
 from pyambient.intercept.selection import Selection
@@ -119,7 +121,7 @@ class Guard:
 
     name: str
     fd: int
-    counts: Map
+    drops: Map
     gates: Map
 
     def verdict(self, frame: bytes) -> tuple[int, list[str]]:
@@ -133,11 +135,9 @@ class Guard:
         self.gates.put(struct.pack("=Q", _NETNS), b"\1")
 
     def _counted(self) -> dict[str, int]:
-        keys = {name: struct.pack("=I", number) for number, name in enumerate(REASONS)}
-        return {
-            name: sum(int.from_bytes(cpu, "little") for cpu in self.counts.get_of_each_cpu(key))
-            for name, key in keys.items()
-        }
+        raw = self.drops.get(struct.pack("=Q", _NETNS))
+        assert raw is not None
+        return dict(zip(REASONS, struct.unpack_from(f"={len(REASONS)}Q", raw), strict=True))
 
 
 def _loaded(name: str, constants: Constants) -> Iterator[tuple[LoadedObject, dict[str, Map]]]:
@@ -150,13 +150,25 @@ def _loaded(name: str, constants: Constants) -> Iterator[tuple[LoadedObject, dic
                 one.close()
 
 
+@contextlib.contextmanager
+def _offered(program: int) -> Iterator[Map]:
+    """A shared program, as the pods' entries find it."""
+    with Map.create(MapType.PROG_ARRAY, "program", (4, 4), 1, 0) as array:
+        array.put(bytes(4), struct.pack("=I", program))
+        yield array
+
+
 @pytest.fixture(params=["guard", "guard_node"])
 def guard(request: pytest.FixtureRequest, isolated: None) -> Iterator[Guard]:
-    """Both guards, each for a pod of its own."""
-    constants = Constants(netns=_NETNS, is_ethernet=True, sign=_SIGN)
+    """Both guards, the pod's own by an entry to it."""
+    constants = Constants(netns=_NETNS, sign=_SIGN)
     for loaded, maps in _loaded(request.param, constants):
-        fd = loaded.program_fd(f"pyamb_{request.param}")
-        yield Guard(request.param, fd, maps[COUNTS], maps["dns_pods"])
+        maps[DROPS].put(struct.pack("=Q", _NETNS), bytes(maps[DROPS].value_size))
+        with (
+            _offered(loaded.program_fd(f"pyamb_{request.param}")) as program,
+            device_entry("entry", program, _NETNS, Choice.IS_ETHERNET, _SIGN) as entry,
+        ):
+            yield Guard(request.param, entry.fd, maps[DROPS], maps["dns_pods"])
 
 
 def _reason(guard: Guard, kind: str) -> str:
@@ -236,7 +248,7 @@ _SO_COOKIE = 57
 @pytest.fixture
 def steering(isolated: None) -> Iterator[Steering]:
     """The listeners are in the map; the addresses of both families are the pod's."""
-    constants = Constants(netns=_NETNS, has_ingress_ifindex=True)
+    constants = Constants(has_ingress_ifindex=True)
     listeners = {port: _listener() for port in _PORTS}
     try:
         for loaded, maps in _loaded("lookup", constants):
@@ -246,7 +258,11 @@ def steering(isolated: None) -> Iterator[Steering]:
             for ip in _POD.values():
                 maps["addresses"].put(struct.pack("=Q16s", _NETNS, _mapped(ip)), b"\1")
             cookies = {_cookie(sock): port for port, sock in listeners.items()}
-            yield Steering(loaded.program_fd("pyamb_sk_lookup"), maps, cookies)
+            with (
+                _offered(loaded.program_fd("pyamb_sk_lookup")) as program,
+                lookup_entry("entry", program, maps["entered"], _NETNS) as entry,
+            ):
+                yield Steering(entry.fd, maps, cookies)
     finally:
         for sock in listeners.values():
             sock.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyambient.errors import PyambientError
-from pyambient.intercept import runner
+from pyambient.intercept import guard_maps, runner
 from pyambient.intercept.bpf import Bpf
 from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.bpf_steps import NodeStep
@@ -27,7 +27,7 @@ from pyambient.intercept.interface import (
 from pyambient.intercept.kernel_objects import AttachType, Link
 from pyambient.intercept.loader import Constants, load
 from pyambient.intercept.netns_cookie import netns_cookie
-from pyambient.intercept.node_hooks import HOOKS, MAPS, Place
+from pyambient.intercept.node_hooks import GUARD, HOOKS, LOOKUP, MAPS, Place
 from pyambient.intercept.node_pins import node_map, pod_directory
 from tests.bed import Bed, BedPod, Channel, apps
 from tests.bed.snapshot import kernel_state
@@ -149,6 +149,18 @@ def _remove_a_map_pin(mesh: BpfMesh, pod: BedPod) -> None:
     (BPFFS / "node" / "listeners").unlink()
 
 
+def _remove_the_steering_program(mesh: BpfMesh, pod: BedPod) -> None:
+    (BPFFS / "node" / LOOKUP.map).unlink()
+
+
+def _remove_the_guard_program(mesh: BpfMesh, pod: BedPod) -> None:
+    (BPFFS / "node" / GUARD.map).unlink()
+
+
+def _remove_what_guards_share(mesh: BpfMesh, pod: BedPod) -> None:
+    guard_maps.forget(BPFFS, netns_cookie(pod.netns, mesh.site.cgroup))
+
+
 @pytest.mark.parametrize(
     ("damage", "kinds"),
     [
@@ -159,7 +171,10 @@ def _remove_a_map_pin(mesh: BpfMesh, pod: BedPod) -> None:
         (_remove_steering, {"bpf-sk-lookup"}),
         (_remove_a_link, {"bpf-node"}),
         (_remove_slots, {"bpf-node", "bpf-dns-slots"}),
-        (_remove_a_map_pin, {"bpf-node", "bpf-sk-lookup"}),
+        (_remove_a_map_pin, {"bpf-node"}),
+        (_remove_the_steering_program, {"bpf-node", "bpf-sk-lookup"}),
+        (_remove_the_guard_program, {"bpf-node", "bpf-guard"}),
+        (_remove_what_guards_share, {"bpf-guarded"}),
     ],
     ids=lambda value: getattr(value, "__name__", "").lstrip("_"),
 )
