@@ -17,6 +17,12 @@ import trio
 _CHUNK = 32 << 10
 _BYTES = 256 << 10
 _MOMENT = 1.0
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Let the other side see a reset when it is closed, and the kernel keep nothing for it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
 
 
 async def linger(sock: socket.socket, seconds: float = _MOMENT) -> None:

@@ -23,11 +23,11 @@ reaches the app as a refusal.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Callable
 
 from pyambient.hbone import HEADER_SIZE, ErrorCode, Headers, Stream
 
+from .farewell import reset_on_close
 from .loop import ALL_APP_EVENTS, APP_EVENTS, BEYOND, IN, OUT, Loop
 from .reservoir import Reservoir
 from .tunnel import Tunnel
@@ -35,13 +35,13 @@ from .tunnel import Tunnel
 _READ_MIN = 4 << 10
 # With the frame's header a block is exactly sixteen full TLS records.
 _READ_MAX = (256 << 10) - HEADER_SIZE
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_READ_SCARCE = 16 << 10
 
 
 def reset(sock: socket.socket) -> None:
     """Close so that the other side sees a reset, not an end."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        reset_on_close(sock)
     finally:
         sock.close()
 
@@ -186,7 +186,7 @@ class StreamRelay:
 
     def _after_full_block(self) -> None:
         """There may be more: a larger block and another turn."""
-        self._want = min(self._want * 4, _READ_MAX)
+        self._want = min(self._want * 4, _READ_SCARCE if self.tunnel.scarce else _READ_MAX)
         self.tunnel.flush_if_full()
         self._requeue()
 

@@ -1,8 +1,20 @@
-"""Bytes that are kept for apps that do not read, counted and bounded."""
+"""Bytes that are kept for apps and peers that do not read, counted and bounded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
+
+
+class Unread(Protocol):
+    """Who answers for what one tunnel keeps because its peer does not read: its pod's budget."""
+
+    @property
+    def scarce(self) -> bool:
+        """Half of what may be kept is: from here on with small blocks, so that many can wait."""
+
+    def keep(self, count: int) -> bool:
+        """So many bytes are kept now, and not what was said before; False if that is too much."""
 
 
 class Reservoir:

@@ -320,6 +320,12 @@ class TlsTransport:
         self.blocked = not whole
         return whole
 
+    @property
+    def kept(self) -> int:
+        """How many bytes of ciphertext the socket has not taken."""
+        unsent = self._calls.unsent()
+        return len(unsent) if unsent else 0
+
     def give_back(self) -> None:
         """Called now and then: release what the BIOs grew to, if they were idle since last time."""
         if self._batched:

@@ -10,7 +10,9 @@ encrypts and sends that output once a turn.
 
 Backpressure towards the apps: while the socket takes no more, the tunnel is `blocked`; relays
 that want to read then `park` themselves and are queued again when it is free. Backpressure from
-the apps is HTTP/2's own: a relay credits only what its app has taken.
+the apps is HTTP/2's own: a relay credits only what its app has taken. What a blocked tunnel keeps,
+as ciphertext and in the connection's output, counts against its pod's and its peer's budget; who
+exceeds it loses the tunnel.
 
 A tunnel ends once, by `close(reason)`, whoever calls it: every stream's sink is reset, the socket
 is closed, `closed` is set. trio tasks wait for `closed`; nothing on the byte path waits. Where
@@ -33,8 +35,9 @@ from pyambient.hbone import Connection, ErrorCode, RemoteProtocolError
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import PING_INTERVAL, PING_TIMEOUT
 
-from .farewell import linger
+from .farewell import linger, reset_on_close
 from .loop import GONE, IN, OUT, Loop
+from .reservoir import Unread
 from .tls import Fill, SharedBuffers, TlsError, TlsTransport
 
 _FILLS_A_TURN = 2
@@ -72,6 +75,8 @@ class Tunnel:
         self.over = trio.Event()
         self.reason = ""
         self.on_close: Callable[[Tunnel], None] | None = None
+        self.unread: Unread | None = None
+        self._keeps = False
         self._transport = transport
         self._plain = buffers.plain_view
         self._sock: socket.socket = transport.sock
@@ -99,6 +104,11 @@ class Tunnel:
     @property
     def blocked(self) -> bool:
         return self._transport.blocked
+
+    @property
+    def scarce(self) -> bool:
+        """Whether relays had better read small blocks: much is kept for peers that do not read."""
+        return self.unread is not None and self.unread.scarce
 
     @property
     def is_closed(self) -> bool:
@@ -159,6 +169,18 @@ class Tunnel:
             self.close(f"tls error: {error}")
         except OSError as error:
             self.close(f"connection failed: {error.strerror}")
+        if self._transport.blocked or self._keeps:
+            self._account()
+
+    def _account(self) -> None:
+        """Say how much is kept, while the socket takes no more."""
+        if self.unread is None or self._fd < 0:
+            return
+        self._keeps = self.blocked
+        kept = self._transport.kept + self.connection.kept if self._keeps else 0
+        if not self.unread.keep(kept):
+            reset_on_close(self._sock)
+            self.close("too much is kept for a peer that does not read")
 
     def _flush(self) -> None:
         transport, connection = self._transport, self.connection
@@ -249,6 +271,8 @@ class Tunnel:
         self.connection.connection_lost(ErrorCode.CONNECT_ERROR)
         self._transport.shutdown()
         self._sock.close()
+        if self.unread is not None:
+            self.unread.keep(0)
         self.over.set()
 
     def crashed(self, error: BaseException) -> None:

@@ -87,6 +87,11 @@ class Connection(Receiver):
         return self._out.count
 
     @property
+    def kept(self) -> int:
+        """How much memory what is not sent takes."""
+        return self._out.kept
+
+    @property
     def pending(self) -> memoryview:
         """Bytes to send now, perhaps none; valid until the connection is used again.
 

@@ -103,6 +103,12 @@ class Outbox:
         return 0 if output is None else output.end - output.start
 
     @property
+    def kept(self) -> int:
+        """How much memory the unsent bytes take."""
+        output = self._output
+        return 0 if output is None else output.size + len(self._spill)
+
+    @property
     def overflowing(self) -> bool:
         """More control frames are unsent than a peer that reads can cause."""
         return len(self._spill) > _SPILL_MAX

@@ -3,10 +3,11 @@
 General theory of operation
 ---------------------------
 Pods share a process, so each has a budget: of descriptors, of handshakes under way, of bytes that
-are kept for apps that do not read. Peers have one, too: a handshake costs us half a millisecond
-and its sender a packet, so a source address may begin only so many of them, and have only so many
-under way. Sums over all pods and sources are bounded as well. (Shares of a loop's turn are the
-engine's: `engine/pacing.py`.)
+are kept for apps and peers that do not read. Peers have one, too: a handshake costs us half a
+millisecond and its sender a packet, so a source address may begin only so many of them, and have
+only so many under way; and only so much is kept for a peer in all of its tunnels. Sums over all
+pods and sources are bounded as well. (Shares of a loop's turn are the engine's:
+`engine/pacing.py`.)
 
 Whoever asks for more is refused at once, at the least cost, and counted in `refused` by the name of
 the budget. The log says so at most once in ten seconds for each pod and budget, with the number:
@@ -38,6 +39,7 @@ HANDSHAKES = "handshakes under way"
 HANDSHAKE_RATE = "handshakes of one source"
 SOURCE_HANDSHAKES = "handshakes of one source under way"
 BUFFERED = "buffered bytes"
+PEER_BUFFERED = "buffered bytes of one peer"
 PIPES = "pipes"
 _ENDS_OF_A_PIPE = 2
 
@@ -58,6 +60,7 @@ class Limits:
     total_rate: float = 400.0
     buffered: int = 512 << 20
     pod_buffered: int = 128 << 20
+    peer_buffered: int = 32 << 20
     queries: int = QUERIES_IN_FLIGHT
 
     @property
@@ -77,6 +80,7 @@ class Limits:
             whole,
             buffered=whole.buffered // workers,
             pod_buffered=whole.pod_buffered // workers,
+            peer_buffered=whole.peer_buffered // workers,
             queries=whole.queries // workers,
         )
 
@@ -112,6 +116,7 @@ class Budgets:
         self.handshakes = 0
         self.handshakes_of: Counter[str] = Counter()
         self.buffered = Reservoir(self.limits.buffered)
+        self.buffered_for: Counter[str] = Counter()
         self.clock = clock
         self._all_sources = Bucket(self.limits.total_burst, self.limits.total_rate, clock())
         self._sources: OrderedDict[str, Bucket] = OrderedDict()
@@ -202,6 +207,10 @@ class PodBudget:
         self.refused[PIPES] += 1
         self._whole.refused[PIPES] += 1
 
+    def unread(self, peer: str) -> Unread:
+        """What another tunnel with `peer`, an address, may keep for it."""
+        return Unread(self, self._whole, peer)
+
     def begin_handshake(self, source: str) -> str:
         """Why a peer's handshake may not begin, or nothing; then `end_handshake` follows."""
         limits, whole = self._whole.limits, self._whole
@@ -229,3 +238,46 @@ class PodBudget:
 
     def __repr__(self) -> str:
         return f"<PodBudget of {self.name}: {self.descriptors} descriptors, {self.buffered!r}>"
+
+
+class Unread:
+    """What one tunnel keeps for a peer that does not read: of the pod's, the peer's and all."""
+
+    __slots__ = ("_held", "_peer", "_pod", "_whole")
+
+    def __init__(self, pod: PodBudget, whole: Budgets, peer: str) -> None:
+        self._pod, self._whole, self._peer = pod, whole, peer
+        self._held = 0
+
+    @property
+    def scarce(self) -> bool:
+        whole, pod = self._whole, self._pod.buffered
+        held = whole.buffered_for[self._peer]
+        return (
+            2 * held > whole.limits.peer_buffered
+            or 2 * pod.held > pod.limit
+            or 2 * whole.buffered.held > whole.buffered.limit
+        )
+
+    def keep(self, count: int) -> bool:
+        more = count - self._held
+        if more > 0 and not self._may_keep(more):
+            return False
+        if more < 0:
+            self._pod.buffered.give(-more)
+        self._held = count
+        held = self._whole.buffered_for
+        held[self._peer] += more
+        if not held[self._peer]:
+            del held[self._peer]
+        return True
+
+    def _may_keep(self, more: int) -> bool:
+        whole = self._whole
+        if whole.buffered_for[self._peer] + more > whole.limits.peer_buffered:
+            self._pod.refuse(PEER_BUFFERED)
+            return False
+        return self._pod.buffered.take(more)
+
+    def __repr__(self) -> str:
+        return f"<Unread of {self._peer}: {self._held} bytes>"

@@ -180,6 +180,7 @@ class InboundTunnel:
         connection = Connection(Role.SERVER, self, worker.outputs, settings)
         transport = TlsTransport(sock, session, worker.buffers)
         self.tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, peer)
+        self.tunnel.unread = scope.budget.unread(peer.ip)
         self.tunnel.on_close = lambda _: self._settled.set()
 
     async def run(self) -> None:

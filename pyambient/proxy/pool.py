@@ -231,6 +231,7 @@ class Pool:
         connection = Connection(Role.CLIENT, pooled, worker.outputs, settings)
         transport = TlsTransport(sock, session, worker.buffers)
         tunnel = Tunnel(worker.loop, transport, connection, worker.buffers, key.next_hop)
+        tunnel.unread = self._scope.budget.unread(key.next_hop.ip)
         tunnel.on_close = lambda closed: self._closed(pooled, closed)
         tunnel.start()
         try:

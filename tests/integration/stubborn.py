@@ -28,6 +28,8 @@ from .attacker import TIMEOUT, Credentials, context
 from .hostile import Outcome, Wire, accepted, settings, tunnel
 
 _DRIP_SECONDS = 1.0
+# The first byte of struct tcp_info.
+_ESTABLISHED = b"\x01"
 
 
 def deaf_clients(
@@ -48,6 +50,40 @@ def deaf_clients(
             wire.send(raw, deaf=True)
         channel.send("deaf")
         channel.receive()
+
+
+def deaf_crowd(
+    channel: Channel, to: SocketAddress, credentials: Credentials, authority: str, count: int
+) -> None:
+    """Tunnels that never read, one after another, each with little room in its own kernel.
+
+    So most of what each has asked for stays with the proxy. Says how many were cut off
+    when asked.
+    """
+    window = settings(initial_window=MAX_31_BITS) + window_update(0, MAX_31_BITS - 65_535)
+    held = []
+    for _ in range(count):
+        wire = hasty(to, credentials)
+        wire.send(PREFACE + window + wire.connect(1, authority), deaf=True)
+        wire.send(frame(DATA, 0, 1, bytes(400_000)), deaf=True)
+        held.append(wire.tls)
+    channel.send("deaf")
+    while channel.receive() == "cut off":
+        channel.send(sum(map(_cut_off, held)))
+
+
+def hasty(to: SocketAddress, credentials: Credentials) -> Wire:
+    """A tunnel whose socket takes as little as the kernel lets it."""
+    tcp = socket.socket(to.family)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    tcp.settimeout(TIMEOUT)
+    tcp.connect(to.sockaddr())
+    return Wire(context(credentials).wrap_socket(tcp))
+
+
+def _cut_off(tcp: socket.socket) -> bool:
+    """Whether the proxy has let go of it; nothing is read."""
+    return tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != _ESTABLISHED
 
 
 def deaf_server(channel: Channel, host: str, credentials: Credentials) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from pyambient.model.address import SocketAddress
 from pyambient.model.numbers import HBONE_PORT
+from pyambient.proxy.budgets import PEER_BUFFERED
 from tests.bed import BedPod, Channel, Child, ClientOptions, apps
 from tests.bed.memory import bounded_growth
 
@@ -167,6 +168,33 @@ def test_clients_that_never_read(pair, app, hbone, target, friend, others_go_on)
         deaf = (stubborn.deaf_clients, hbone, friend, str(target), 8)
         with pair.outside.spawn(*deaf) as child:
             assert child.receive(30) == "deaf"
+
+
+def test_a_crowd_of_tunnels_that_never_read(
+    pair, app, stranger, hbone, target, friend, others_go_on
+):
+    """What is kept for one peer is bounded, however many tunnels it has; the rest are cut off.
+
+    Another peer's tunnel lives meanwhile, and afterwards there is room again.
+    """
+    headers = attacker.connect_headers(str(target))
+    deaf = (stubborn.deaf_crowd, hbone, friend, str(target), 180)
+    before = _refusals(pair)
+    with others_go_on(100 * MIB, at_least=20), pair.outside.spawn(*deaf) as child:
+        assert child.receive(90) == "deaf"
+        pair.mesh.wait_until(lambda: child.ask("cut off") > 0, "a tunnel that is cut off")
+        assert child.ask("cut off") < 150
+        assert _refusals(pair) > before
+        assert stranger.run(attacker.attack, hbone, friend, headers).statuses == [200]
+    wanted = {"message": "budget used up, refusing", "budget": PEER_BUFFERED}
+    assert any(wanted.items() <= line.items() for line in pair.mesh.lines())
+    assert pair.outside.run(attacker.attack, hbone, friend, headers).statuses == [200]
+
+
+def _refusals(pair):
+    """How often more was to be kept for a peer of the server's than may be."""
+    (pod,) = (pod for pod in pair.mesh.status()["pods"] if pod["name"] == "server")
+    return pod["proxy"]["refused"].get(PEER_BUFFERED, 0)
 
 
 def test_a_server_that_never_reads(pair, app, hostile_servers, impostor, family, others_go_on):

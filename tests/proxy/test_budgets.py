@@ -16,6 +16,7 @@ from pyambient.proxy.budgets import (
     DESCRIPTORS,
     HANDSHAKE_RATE,
     HANDSHAKES,
+    PEER_BUFFERED,
     PIPES,
     SOURCE_HANDSHAKES,
     Budgets,
@@ -35,6 +36,7 @@ SMALL = Limits(
     total_rate=5.0,
     buffered=1000,
     pod_buffered=800,
+    peer_buffered=300,
 )
 
 
@@ -75,7 +77,7 @@ def test_a_pod_leaves_descriptors_to_the_others(budgets):
 def test_workers_divide_what_takes_memory():
     """Not what is a process's own, its descriptors and its time."""
     one, quarter = Limits.of_process(), Limits.of_process(4)
-    for name in ("buffered", "pod_buffered", "queries"):
+    for name in ("buffered", "pod_buffered", "peer_buffered", "queries"):
         assert getattr(quarter, name) == getattr(one, name) // 4
     for name in ("descriptors", "pod_descriptors", "handshakes", "source_burst", "total_rate"):
         assert getattr(quarter, name) == getattr(one, name)
@@ -161,6 +163,38 @@ def test_kept_bytes_are_bounded_for_a_pod_and_for_all(budgets):
     assert other.take(500)
     assert (one.held, other.held, budgets.buffered.held) == (300, 700, 1000)
     assert budgets.refused == {BUFFERED: 2}
+
+
+def test_what_peers_do_not_read_is_bounded_for_each_and_for_its_pod(budgets):
+    """A peer's tunnels have one budget, in whatever pods they end; a pod's have its part."""
+    one, other = budgets.pod("one"), budgets.pod("other")
+    here, there = one.unread("192.0.2.1"), other.unread("192.0.2.1")
+    assert here.keep(200)
+    assert there.keep(100)
+    assert not there.keep(101)
+    assert here.keep(150)
+    assert there.keep(150)
+    assert budgets.buffered_for == {"192.0.2.1": 300}
+    held = [one.unread(f"192.0.2.{number}").keep(300) for number in range(2, 5)]
+    assert held == [True, True, False]
+    assert (one.buffered.held, other.buffered.held, budgets.buffered.held) == (750, 150, 900)
+    assert budgets.refused == {PEER_BUFFERED: 1, BUFFERED: 1}
+    assert here.keep(0)
+    assert there.keep(0)
+    assert "192.0.2.1" not in budgets.buffered_for
+    assert budgets.buffered.held == 600
+
+
+@pytest.mark.parametrize(
+    ("kept", "scarce"),
+    [({"192.0.2.9": 150}, False), ({"192.0.2.9": 151}, True), ({"1": 300, "2": 101}, True)],
+)
+def test_what_is_half_used_up_is_scarce(budgets, kept, scarce):
+    """The peer's, or the pod's, whoever's tunnels have used it."""
+    pod = budgets.pod("pod")
+    for peer, count in kept.items():
+        assert pod.unread(peer).keep(count)
+    assert pod.unread("192.0.2.9").scarce is scarce
 
 
 @pytest.mark.parametrize("lack", ["descriptors", "bytes"])
