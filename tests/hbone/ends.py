@@ -285,6 +285,10 @@ class Theirs(_Books):
     def ping(self) -> None:
         self.h2.ping(b"from h2.")
 
+    def may_change(self) -> bool:
+        """What it announced before is acknowledged: h2 takes the first ACK for all that it has."""
+        return self.settings_acknowledged == self.settings_sent
+
     def change(self, setting: SettingCodes, value: int) -> None:
         self.h2.update_settings({setting: value})
         self.settings_sent += 1

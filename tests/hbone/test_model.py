@@ -184,14 +184,17 @@ class _WithSettings(Model):
     """hyper-h2 may change its settings at any time."""
 
     @rule(size=st.sampled_from((1, 100, 16_384, 65_535, 1 << 20)))
+    @precondition(lambda self: self._theirs().may_change())
     def change_windows(self, size: int) -> None:
         self._theirs().change(SettingCodes.INITIAL_WINDOW_SIZE, size)
 
     @rule(size=st.sampled_from((16_384, 20_000, 1 << 20)))
+    @precondition(lambda self: self._theirs().may_change())
     def change_frames(self, size: int) -> None:
         self._theirs().change(SettingCodes.MAX_FRAME_SIZE, size)
 
     @rule(size=st.sampled_from((0, 100, 4096)))
+    @precondition(lambda self: self._theirs().may_change())
     def change_table(self, size: int) -> None:
         self._theirs().change(SettingCodes.HEADER_TABLE_SIZE, size)
 
