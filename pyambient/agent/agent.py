@@ -9,11 +9,11 @@ from functools import partial
 
 import trio
 
-from pyambient.errors import PyambientError
 from pyambient.intercept.loader import use
 from pyambient.intercept.node_objects import ahead
 from pyambient.observe.logs import get_logger
 
+from .adoption import Adoption
 from .api import Api
 from .config import AgentSettings
 from .enrolled import Enrolled
@@ -24,6 +24,7 @@ from .lock import AgentLock
 from .proxies import Proxies
 from .reconcile import Rounds
 from .records import Record, RecordStore
+from .retry import until_done
 from .succession import Succession
 from .watcher import Fate, watch_existence, watch_network
 
@@ -39,6 +40,7 @@ class Agent:
         store = RecordStore(settings.run_dir.pods)
         self._kernel = KernelQueue()
         self.enrolments = Enrolments(settings, store, self._proxies, self._kernel, self._hold)
+        self._adoption = Adoption(self.enrolments, store, self._proxies, self._kernel)
         self._succession = Succession(self.enrolments)
         self._rounds = Rounds(self.enrolments, settings.round_pause)
         self._api = Api(self.enrolments, self._proxies, self._rounds)
@@ -49,12 +51,12 @@ class Agent:
         run_dir = self._settings.run_dir
         async with trio.open_nursery() as nursery:
             self._watches = nursery
-            await self.enrolments.adopt_all()
+            await self._adoption.adopt_all()
             await nursery.start(self._proxies.serve, run_dir)
             await nursery.start(self._api.serve, run_dir.agent_socket)
             nursery.start_soon(self._rounds.run)
             nursery.start_soon(self._kernel.run, load_ahead, self._settings.site)
-            for record in self.enrolments.unfinished:
+            for record in self._adoption.unfinished:
                 nursery.start_soon(self._succeed, record)
             _log.info("ready", run_dir=str(run_dir.path), pods=len(self.enrolments.all()))
             task_status.started()
@@ -69,12 +71,12 @@ class Agent:
             return
         try:
             async with trio.open_nursery() as nursery:
-                refresh = partial(self.enrolments.refresh, enrolled)
-                inspect = partial(self.enrolments.inspect, enrolled)
+                refresh = partial(self.enrolments.upkeep.refresh, enrolled)
+                inspect = partial(self.enrolments.upkeep.inspect, enrolled)
                 nursery.start_soon(watch_network, enrolled, refresh, inspect)
                 nursery.start_soon(self._free_when_gone, enrolled)
                 nursery.start_soon(self._free, enrolled, self.enrolments.resume)
-                nursery.start_soon(self.enrolments.tidy, enrolled)
+                nursery.start_soon(self.enrolments.switch.follow, enrolled)
                 nursery.start_soon(self.enrolments.relocation.follow, enrolled)
                 await enrolled.freed.wait()
                 nursery.cancel_scope.cancel()
@@ -93,7 +95,7 @@ class Agent:
     async def _succeed(self, record: Record) -> None:
         """What a former agent enrolled is gone: enrol its replacement, and then clean up."""
         await self._succession.follow(record)
-        await self._until_done(record, partial(self.enrolments.clean_up, record))
+        await self._until_done(record, partial(self._adoption.clean_up, record))
 
     async def _free(
         self, enrolled: Enrolled, action: Callable[[Enrolled], Awaitable[object]]
@@ -101,17 +103,12 @@ class Agent:
         await self._until_done(enrolled.record, partial(action, enrolled))
 
     async def _until_done(self, record: Record, action: Callable[[], Awaitable[object]]) -> None:
-        """Free a pod, which nobody waits for; what fails is said once and tried again."""
-        reason = ""
-        while True:
-            try:
-                await action()
-                break
-            except (PyambientError, OSError) as error:
-                if str(error) != reason:
-                    reason = str(error)
-                    _log.error("cannot free a pod", pod=str(record.pod), error=reason)
-            await trio.sleep(self._settings.round_pause)
+        """Free a pod, which nobody waits for."""
+
+        def say(reason: str) -> None:
+            _log.error("cannot free a pod", pod=str(record.pod), error=reason)
+
+        await until_done(action, self._settings.round_pause, say)
 
     def __repr__(self) -> str:
         return f"<Agent in {self._settings.run_dir.path} {self.enrolments!r}>"

@@ -99,7 +99,7 @@ class Api:
         choices = _choices(request)
         record = await self._enrolments.enrol(EnrolRequest(**texts, choices=choices))
         enrolled = self._enrolments.lookup(record.netns.path)
-        return {**describe(record), "existing": await self._enrolments.existing(enrolled)}
+        return {**describe(record), "existing": await self._enrolments.upkeep.existing(enrolled)}
 
     async def _set(self, request: Mapping[str, Any]) -> Any:
         enrolled = self._enrolments.lookup(_text(request, "netns"))
@@ -131,8 +131,8 @@ class Api:
                 {
                     **describe(pod.record),
                     "repairs": dict(pod.repairs),
-                    "existing": await self._enrolments.existing(pod),
-                    "guard": await self._enrolments.leaks(pod),
+                    "existing": await self._enrolments.upkeep.existing(pod),
+                    "guard": await self._enrolments.upkeep.leaks(pod),
                     "proxy": served[pod.uid],
                 }
                 for pod in pods

@@ -22,52 +22,31 @@ it. Waiting for a proxy or for a drain holds up only its own pod.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from pyambient.errors import PyambientError, UsageError
-from pyambient.intercept.choose import choose
-from pyambient.intercept.interface import Site, Stage
+from pyambient.intercept.interface import Stage
 from pyambient.intercept.options import CLOSE
 from pyambient.intercept.processes import members
 from pyambient.intercept.runner import StepFailed, undo_stages
-from pyambient.intercept.trace_reader import clear_dead
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 
 from .config import AgentSettings
 from .enrolled import Enrolled, EnrolRequest
-from .existing import (
-    check_choice,
-    count_existing,
-    end_existing,
-    end_older_queries,
-    note_existing,
-)
-from .interception import (
-    Repair,
-    Round,
-    apply_recorded,
-    bring_up_to_date,
-    free,
-    has_drifted,
-    make_plan,
-    planned,
-    reserve,
-    write,
-)
+from .existing import check_choice, end_existing, end_older_queries, note_existing
+from .interception import apply_recorded, make_plan, planned, reserve, write
 from .kernel import KernelQueue, beside
-from .leaks import describe_leaks, look_for_leaks
-from .locate import find, is_replaced, record_of
+from .locate import record_of
 from .proxies import Proxies
 from .records import Record, RecordStore, State
 from .relocation import Relocation
 from .switch import Switch
+from .upkeep import Upkeep
 
 _PREPARING: Final = (Stage.PREPARE,)
 _DELIVERING: Final = (Stage.APPLY, Stage.STEER)
@@ -79,11 +58,7 @@ _log = get_logger("enrolment")
 
 
 class Enrolments:
-    """All pods of this agent; `held` is called for each one when it is enrolled or adopted.
-
-    `unfinished` are records of former agents whose namespace is gone: another one has replaced
-    it, or what is left of it could not be undone yet.
-    """
+    """All pods of this agent; `hold` is called with each one that is to be followed."""
 
     def __init__(
         self,
@@ -91,17 +66,17 @@ class Enrolments:
         store: RecordStore,
         proxies: Proxies,
         kernel: KernelQueue,
-        held: Callable[[Enrolled], None],
+        hold: Callable[[Enrolled], None],
     ) -> None:
+        self.hold = hold
+        self.upkeep = Upkeep(settings, store, proxies, kernel)
+        self.switch = Switch(settings, store, proxies, kernel)
+        self.relocation = Relocation(store, proxies, kernel, self.upkeep.bring_in_line)
         self._settings = settings
         self._store = store
         self._proxies = proxies
-        self._held = held
         self._kernel = kernel
-        self._switch = Switch(store, proxies, self._kernel)
-        self.relocation = Relocation(store, proxies, self._kernel, self._refresh)
         self._pods: dict[str, Enrolled] = {}
-        self.unfinished: list[Record] = []
 
     def all(self) -> list[Enrolled]:
         """The pods held, sorted by namespace and name."""
@@ -134,7 +109,7 @@ class Enrolments:
                     await self._roll_back(enrolled)
                 raise
         _log.info("enrolled", pod=str(enrolled.record.pod), netns=enrolled.record.netns.label)
-        self._held(enrolled)
+        self.hold(enrolled)
         return enrolled.record
 
     def holder(self, netns: str) -> Enrolled | None:
@@ -148,6 +123,11 @@ class Enrolments:
         self._pods[claimed.uid] = claimed
         return claimed
 
+    def take(self, record: Record, netns: Netns) -> Enrolled:
+        """A pod that a former agent had; it is not followed yet."""
+        taken = self._pods[record.pod.uid] = Enrolled(record, netns)
+        return taken
+
     async def _enrol_again(self, enrolled: Enrolled, request: EnrolRequest) -> Record:
         request.refuse_other(enrolled.record)
         async with enrolled.turn:
@@ -155,16 +135,13 @@ class Enrolments:
             before = enrolled.record
             options = before.options.changed(request.choices)
             backend = request.backend or before.backend
-            plan = await self._switch.plan(enrolled, backend, self._site_of(before), options)
+            plan = await self.switch.plan(enrolled, backend, self.upkeep.site_of(before), options)
             if request.existing == CLOSE:
                 await self._kernel.run(end_existing, enrolled)
             if plan.backend == before.backend:
                 return await self._change(enrolled, request.choices)
             await self._check_newest_proxy(plan.backend)
-            try:
-                await self._switch.to(enrolled, plan, options)
-            finally:
-                enrolled.switched.set()
+            await self.switch.to(enrolled, plan, options)
             await self._end_older_queries(enrolled)
         _log.info("switched", pod=str(before.pod), before=before.backend, now=plan.backend)
         return enrolled.record
@@ -182,42 +159,6 @@ class Enrolments:
         record = enrolled.record
         if record.state is not State.ENROLLED or enrolled.freed.is_set():
             raise UsageError(f"{record.netns.label} is {record.state.value}", "enrol it first")
-
-    def _site_of(self, record: Record) -> Site:
-        """With its own cgroup, not ours of today: its programs are attached there."""
-        cgroup = Path(record.cgroup) if record.cgroup else None
-        return dataclasses.replace(self._settings.site, cgroup=cgroup)
-
-    async def tidy(self, enrolled: Enrolled) -> None:
-        """After each change of the backend, take away what its connections needed; for ever.
-
-        What cannot be taken away is tried again.
-        """
-        reason = ""
-        while True:
-            enrolled.switched = trio.Event()
-            if enrolled.record.leaving:
-                await self._switch.settle(enrolled, self._settings.drain_timeout)
-                failure = await self._tidy_once(enrolled)
-                if failure not in ("", reason):
-                    pod = str(enrolled.record.pod)
-                    _log.error("cannot take a former backend away", pod=pod, error=failure)
-                reason = failure
-            if not enrolled.record.leaving:
-                await enrolled.switched.wait()
-            elif not enrolled.switched.is_set():
-                await trio.sleep(self._settings.round_pause)
-
-    async def _tidy_once(self, enrolled: Enrolled) -> str:
-        """Why it failed; nothing is done if yet another backend has come meanwhile."""
-        async with enrolled.turn:
-            if enrolled.freed.is_set() or enrolled.switched.is_set():
-                return ""
-            try:
-                await self._switch.tidy(enrolled)
-            except (PyambientError, OSError) as error:
-                return str(error)
-        return ""
 
     async def _enrol(self, enrolled: Enrolled) -> None:
         site = self._settings.site
@@ -240,12 +181,8 @@ class Enrolments:
         self._write(enrolled, noted.changed(state=State.ENROLLED))
 
     async def _end_older_queries(self, enrolled: Enrolled) -> None:
-        proxy_cgroup = self._site_of(enrolled.record).proxy_cgroup
+        proxy_cgroup = self.upkeep.site_of(enrolled.record).proxy_cgroup
         await self._kernel.run(end_older_queries, enrolled, proxy_cgroup)
-
-    async def existing(self, enrolled: Enrolled) -> int:
-        """How many connections from before still live."""
-        return await self._kernel.run(count_existing, enrolled.record, enrolled.netns)
 
     async def _apply(self, enrolled: Enrolled, stages: tuple[Stage, ...]) -> None:
         chosen = [step for step in enrolled.record.steps if step.stage in stages]
@@ -265,7 +202,7 @@ class Enrolments:
             await self._free(enrolled, drain_timeout=0)
         except (PyambientError, OSError) as error:
             _log.error("could not undo everything", pod=str(enrolled.record.pod), error=str(error))
-            self._held(enrolled)  # which tries it again
+            self.hold(enrolled)  # which tries it again
 
     async def unenrol(self, enrolled: Enrolled, drain_timeout: float | None = None) -> int | None:
         """Free the pod; how many connections had to be cut, None if nobody could tell."""
@@ -306,53 +243,6 @@ class Enrolments:
         enrolled.freed.set()
         enrolled.netns.close()
 
-    async def adopt_all(self) -> None:
-        """Take over what the records say: live pods go on, half-done ones and dead ones go."""
-        self._store.sweep()
-        records, errors = self._store.readable()
-        for error in errors:
-            _log.error("cannot read a record", error=str(error))
-        for record in records:
-            try:
-                await self._adopt(record)
-            except (PyambientError, OSError) as error:
-                _log.error("cannot take over a pod", pod=str(record.pod), error=str(error))
-
-    async def _adopt(self, record: Record) -> None:
-        netns = find(record.netns)
-        if netns is None:
-            if record.state is State.ENROLLED and is_replaced(record.netns):
-                self.unfinished.append(record)
-            else:
-                await self._clean_up_or_leave(record)
-            return
-        enrolled = self._pods[record.pod.uid] = Enrolled(record, netns)
-        if record.state is State.ENROLLING:
-            await self._unenrol_or_hold(enrolled)
-            return
-        await self._proxies.adopt(record.pod, netns, enrolled.details)
-        self._held(enrolled)
-        _log.info("took over", pod=str(record.pod), netns=record.netns.label)
-
-    async def _clean_up_or_leave(self, record: Record) -> None:
-        try:
-            await self.clean_up(record)
-        except (PyambientError, OSError):
-            self.unfinished.append(record)
-            raise
-
-    async def _unenrol_or_hold(self, enrolled: Enrolled) -> None:
-        try:
-            await self.unenrol(enrolled, drain_timeout=0)
-        except (PyambientError, OSError):
-            self._held(enrolled)
-            raise
-
-    async def clean_up(self, record: Record) -> None:
-        """Undo what is left of a pod that is gone, and forget it."""
-        await self._kernel.run(free, record, self._store)
-        _log.info("cleaned up after a pod that is gone", pod=str(record.pod))
-
     async def resume(self, enrolled: Enrolled) -> None:
         """Go on with the un-enrolment that an agent before this one did not finish."""
         if enrolled.record.state is State.DRAINING:
@@ -386,63 +276,11 @@ class Enrolments:
         """Refresh; the proxy listens for DNS before it is captured, and for as long as it is."""
         if dns and not had_dns:
             await self._proxies.describe(enrolled.uid, enrolled.details)
-        await self._refresh(enrolled)
+        await self.upkeep.bring_in_line(enrolled)
         if dns and not had_dns:
             await self._end_older_queries(enrolled)
         if had_dns and not dns:
             await self._proxies.describe(enrolled.uid, enrolled.details)
-
-    async def refresh(self, enrolled: Enrolled) -> None:
-        """Bring the pod's interception in line with the addresses and devices it has now."""
-        async with enrolled.turn:
-            await self._repair(enrolled)
-
-    async def inspect(self, enrolled: Enrolled, round_: Round | None = None) -> None:
-        """Refresh the pod if something of it has got lost; alone, or in a round."""
-        if enrolled.turn.locked():
-            return  # whoever has the turn sees to the pod
-        async with enrolled.turn:
-            if enrolled.record.state is not State.ENROLLED or enrolled.freed.is_set():
-                return
-            if await self._kernel.run(has_drifted, enrolled, round_ or Round()):
-                await self._repair(enrolled)
-
-    async def look_for_leaks(self, enrolled: Enrolled) -> None:
-        """Log what got out of the pod past the mesh, or tried to, since the last look."""
-        if enrolled.turn.locked():
-            return
-        async with enrolled.turn:
-            if enrolled.record.state is State.ENROLLED and not enrolled.freed.is_set():
-                args = (enrolled.record, enrolled.netns, enrolled.leaks)
-                await self._kernel.run(look_for_leaks, *args)
-
-    async def clear_dead_traces(self) -> None:
-        """Take back what killed readers of events have left in the kernel."""
-        await self._kernel.run(clear_dead, self._settings.bpffs)
-
-    async def leaks(self, enrolled: Enrolled) -> dict[str, Any] | None:
-        """What the pod's guards saw, as JSON values; None where it has none."""
-        args = (enrolled.record, enrolled.netns, enrolled.leaks)
-        return await self._kernel.run(describe_leaks, *args)
-
-    async def _repair(self, enrolled: Enrolled) -> None:
-        repairs = await self._refresh(enrolled)
-        for repair in repairs:
-            pod = str(enrolled.record.pod)
-            _log.warning("repaired", pod=pod, what=repair.what, why=repair.why)
-        enrolled.repairs.update(repair.kind for repair in repairs)
-
-    async def _refresh(self, enrolled: Enrolled) -> list[Repair]:
-        before = enrolled.record
-        if before.state is not State.ENROLLED or enrolled.freed.is_set():
-            return []
-        interceptor = await self._kernel.run(choose, before.backend, self._site_of(before))
-        repairs = await self._kernel.run(bring_up_to_date, enrolled, interceptor, self._store)
-        if enrolled.record.addresses != before.addresses:
-            addresses = " ".join(enrolled.record.addresses)
-            _log.info("addresses changed", pod=str(before.pod), addresses=addresses)
-            await self._proxies.describe(enrolled.uid, enrolled.details)
-        return repairs
 
     def _write(self, enrolled: Enrolled, record: Record) -> None:
         write(enrolled, record, self._store)

@@ -36,6 +36,7 @@ class Rounds:
         self.rounds = 0
         self.seconds = 0.0
         self._enrolments = enrolments
+        self._upkeep = enrolments.upkeep
         self._pause = pause
         self._failures: dict[str, str] = {}
 
@@ -57,8 +58,8 @@ class Rounds:
 
     async def _look_at(self, enrolled: Enrolled, this: Round) -> None:
         try:
-            await self._enrolments.inspect(enrolled, this)
-            await self._enrolments.look_for_leaks(enrolled)
+            await self._upkeep.inspect(enrolled, this)
+            await self._upkeep.look_for_leaks(enrolled)
         except (PyambientError, OSError) as error:
             self._note(enrolled, str(error), None)
         except Exception as error:  # noqa: BLE001 - a bug met by one pod spares the others
@@ -68,7 +69,7 @@ class Rounds:
 
     async def _clear_dead_traces(self) -> None:
         try:
-            await self._enrolments.clear_dead_traces()
+            await self._upkeep.clear_dead_traces()
         except OSError as error:
             _log.error("cannot clear up after a trace", error=str(error))
 

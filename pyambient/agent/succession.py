@@ -8,17 +8,16 @@ of the predecessor stays. One that still has a process in it stays enrolled besi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
-import trio
-
-from pyambient.errors import PyambientError
 from pyambient.observe.logs import get_logger
 
 from .enrolled import EnrolRequest
 from .enrolment import Enrolments
 from .locate import is_replaced
 from .records import Record, State
+from .retry import until_done
 
 _PAUSE: Final = 1.0
 _COUNTED_AS: Final = "netns"
@@ -33,18 +32,15 @@ class Succession:
 
     async def follow(self, record: Record) -> None:
         """Return when the replacement is enrolled, or there is none any more."""
-        reason = ""
-        while record.state is State.ENROLLED and is_replaced(record.netns):
-            try:
-                await self._enrol(record)
-                break
-            except (PyambientError, OSError) as error:
-                if str(error) != reason:
-                    reason = str(error)
-                    _log.error("cannot enrol a replacement", pod=str(record.pod), error=reason)
-            await trio.sleep(_PAUSE)
+
+        def say(reason: str) -> None:
+            _log.error("cannot enrol a replacement", pod=str(record.pod), error=reason)
+
+        await until_done(partial(self._enrol, record), _PAUSE, say)
 
     async def _enrol(self, record: Record) -> None:
+        if record.state is not State.ENROLLED or not is_replaced(record.netns):
+            return
         if self._enrolments.holder(record.netns.path) is not None:
             return
         pod = record.pod

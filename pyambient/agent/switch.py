@@ -23,6 +23,7 @@ the record names, and then takes the other away.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Final
 
 import trio
@@ -35,11 +36,13 @@ from pyambient.intercept.preflight import preflight
 from pyambient.intercept.runner import StepFailed, lost, undo_stages
 from pyambient.observe.logs import get_logger
 
+from .config import AgentSettings
 from .enrolled import Enrolled
 from .interception import addresses_of, apply_recorded, network_of, observed, write
 from .kernel import KernelQueue
 from .proxies import Proxies
 from .records import Record, RecordStore
+from .retry import until_done
 
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _STEERING: Final = (Stage.STEER, Stage.GATE)
@@ -48,9 +51,12 @@ _log = get_logger("switch")
 
 
 class Switch:
-    """Changes backends; whoever calls has the pod's turn."""
+    """Changes backends; whoever calls has the pod's turn, but for `follow`."""
 
-    def __init__(self, store: RecordStore, proxies: Proxies, kernel: KernelQueue) -> None:
+    def __init__(
+        self, settings: AgentSettings, store: RecordStore, proxies: Proxies, kernel: KernelQueue
+    ) -> None:
+        self._settings = settings
         self._store = store
         self._proxies = proxies
         self._kernel = kernel
@@ -63,6 +69,12 @@ class Switch:
 
     async def to(self, enrolled: Enrolled, plan: Plan, options: CaptureOptions) -> None:
         """Have the plan in the place of what the record says."""
+        try:
+            await self._to(enrolled, plan, options)
+        finally:
+            enrolled.switched.set()
+
+    async def _to(self, enrolled: Enrolled, plan: Plan, options: CaptureOptions) -> None:
         before = enrolled.record
         present = (*before.leaving, *before.steps)
         added = await self._kernel.run(_begin, enrolled, plan, present, self._store)
@@ -84,14 +96,32 @@ class Switch:
         chosen = [step for step in added if step.stage in stages]
         await self._kernel.run(apply_recorded, enrolled, chosen, self._store)
 
-    async def settle(self, enrolled: Enrolled, patience: float) -> None:
-        """Wait until what the proxy relays for the pod now has ended, at most `patience` s."""
+    async def follow(self, enrolled: Enrolled) -> None:
+        """After each change of the backend, take away what its connections needed; for ever."""
+        pod = str(enrolled.record.pod)
+
+        def say(reason: str) -> None:
+            _log.error("cannot take a former backend away", pod=pod, error=reason)
+
+        while True:
+            enrolled.switched = trio.Event()
+            await until_done(partial(self._tidy, enrolled), self._settings.round_pause, say)
+            await enrolled.switched.wait()
+
+    async def _tidy(self, enrolled: Enrolled) -> None:
+        """Undo what another backend left; nothing if yet another one has come meanwhile."""
+        if not enrolled.record.leaving:
+            return
+        await self._settle(enrolled)
+        async with enrolled.turn:
+            if not enrolled.freed.is_set() and not enrolled.switched.is_set():
+                await self._kernel.run(_tidy, enrolled, self._store)
+
+    async def _settle(self, enrolled: Enrolled) -> None:
+        """Wait until what the proxy relays for the pod now has ended, or its time is up."""
+        patience = self._settings.drain_timeout
         if await self._proxies.settle(enrolled.uid, patience) is None:
             await trio.sleep(patience)  # a proxy that cannot be asked
-
-    async def tidy(self, enrolled: Enrolled) -> None:
-        """Undo what another backend left; what cannot be undone stays under `leaving`."""
-        await self._kernel.run(_tidy, enrolled, self._store)
 
 
 def _plan(enrolled: Enrolled, backend: str, site: Site, options: CaptureOptions) -> Plan:

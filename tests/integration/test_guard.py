@@ -91,5 +91,5 @@ def test_a_guard_that_is_taken_away_comes_back(strangers: Pair, family: str) -> 
     segment = Forged(source, SocketAddress(outside.address(family), 80), payload=MARKER)
     with nothing_arrives(outside):
         client.run(send_tcp, segment, capabilities=_RAW)
-    (line,) = log_lines(mesh, client, "enrolment")[1:]
+    (line,) = log_lines(mesh, client, "upkeep")
     assert (line["message"], line["why"]) == ("repaired", "no guard on eth0")
