@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from typing import Final
 
+from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
 from .listeners import held_sockets
@@ -13,11 +15,21 @@ from .processes import processes_in
 from .socket_diag import DiagnosisRefused, sockets_from
 
 _MOST_NAMED: Final = 3
+_UNKNOWN: Final = "somebody"
 _PROTOCOLS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
 
 def holders(netns: Netns, port: int) -> str:
-    """As in "4711 (nginx)"; a process of another namespace may have it, and is not found."""
+    """As in "4711 (nginx)"; a process of another namespace may have it, and is not found.
+
+    It never fails: who asks has more to say than that.
+    """
+    with contextlib.suppress(PyambientError, OSError):
+        return _holders(netns, port)
+    return _UNKNOWN
+
+
+def _holders(netns: Netns, port: int) -> str:
     inodes = set(_inodes(netns, port))
     if inodes == {0}:
         return "connections that have just ended"
@@ -27,7 +39,7 @@ def holders(netns: Netns, port: int) -> str:
         if not inodes.isdisjoint(held_sockets([process.pid]))
     ]
     more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "") or "somebody"
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "") or _UNKNOWN
 
 
 def _inodes(netns: Netns, port: int) -> Iterator[int]:

@@ -29,8 +29,14 @@ def processes_in(netns: Netns) -> Iterator[Process]:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 status = (directory / "ns/net").stat()
                 if (status.st_dev, status.st_ino) == netns.key:
-                    command = (directory / "comm").read_text().strip()
-                    yield Process(int(directory.name), command, _cgroup(directory, mounts))
+                    cgroup = _cgroup(directory, mounts)
+                    yield Process(int(directory.name), _command(directory), cgroup)
+
+
+def _command(directory: Path) -> str:
+    """What the process calls itself, any bytes, as a phrase of one line."""
+    name = (directory / "comm").read_bytes().removesuffix(b"\n").decode(errors="replace")
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def members(cgroup: Path) -> set[int]:
@@ -44,7 +50,7 @@ def members(cgroup: Path) -> set[int]:
 
 def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:
     """What of the hierarchy each mount of cgroup2 shows, and where (proc_pid_mountinfo(5))."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in _lines(Path("/proc/self/mountinfo")):
         fields, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
             _, _, _, root, mount_point, *_ = fields.split()
@@ -52,10 +58,15 @@ def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:
 
 
 def _cgroup(directory: Path, mounts: list[tuple[Path, Path]]) -> Path | None:
-    lines = (directory / "cgroup").read_text().splitlines()
+    lines = _lines(directory / "cgroup")
     paths = [Path(line.removeprefix("0::")) for line in lines if line.startswith("0::")]
     for path in paths:
         for root, mount_point in mounts:
             if path.is_relative_to(root) and ".." not in path.parts:
                 return mount_point / path.relative_to(root)
     return None
+
+
+def _lines(file: Path) -> list[str]:
+    """A directory's name is any bytes, without a line feed: the kernel refuses or escapes that."""
+    return file.read_text(errors="surrogateescape").split("\n")
