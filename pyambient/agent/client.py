@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from typing import Any, Final
 
 from pyambient.errors import PyambientError
@@ -28,13 +29,11 @@ def ask(
     path = run_dir.agent_socket
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(patience)
-        try:
-            connection.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
+        if not _connected(connection, path):
             raise AgentAbsent(
                 f"the agent is not running (nobody listens at {path})",
                 "start it with 'pyambient up', or give its --run-dir",
-            ) from None
+            )
         try:
             connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as answers:
@@ -45,14 +44,34 @@ def ask(
             raise PyambientError(
                 f"the agent did not answer within {patience:.0f} s", "see what its log says"
             ) from None
+    if not line:
+        raise _hung_up(path, patience)
     return _result(line)
 
 
+def _connected(connection: socket.socket, path: Path) -> bool:
+    try:
+        connection.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    return True
+
+
+def _hung_up(path: Path, patience: float) -> PyambientError:
+    """An agent that lives hangs up on too many clients, and on a request without end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(patience)
+        if _connected(connection, path):
+            return PyambientError(
+                "the agent hung up on the request",
+                "it has too many clients, or the request is too long; see what its log says",
+            )
+    return AgentAbsent(
+        "the agent ended before it answered", "see what its log says, and start it again"
+    )
+
+
 def _result(line: bytes) -> Any:
-    if not line:
-        raise AgentAbsent(
-            "the agent ended before it answered", "see what its log says, and start it again"
-        )
     answer = json.loads(line)
     if "error" in answer:
         fields = answer["error"]

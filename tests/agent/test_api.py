@@ -149,6 +149,7 @@ def test_an_agent_that_is_killed_before_it_answers(rig: Rig, *, has_read: bool) 
             if has_read:
                 with listener.accept()[0] as connection:
                     connection.recv(REQUEST_LIMIT)
+                    listener.close()
             else:
                 listener.close()
 
@@ -159,3 +160,24 @@ def test_an_agent_that_is_killed_before_it_answers(rig: Rig, *, has_read: bool) 
 
         with pytest.RaisesGroup(pytest.RaisesExc(AgentAbsent, match="ended before it answered; ")):
             trio.run(ask)
+
+
+def test_an_agent_with_too_many_clients_is_not_taken_for_absent(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives: nobody is told to start another, or goes on without it."""
+    monkeypatch.setattr("pyambient.agent.api.MAX_CLIENTS", 1)
+    rig.start_agent()
+    with socket.socket(socket.AF_UNIX) as first:
+        first.connect(str(rig.run_dir.agent_socket))
+        with pytest.raises(PyambientError, match=r"hung up.*too many clients") as refused:
+            rig.ask("status")
+    assert not isinstance(refused.value, AgentAbsent)
+
+
+def test_a_request_that_is_too_long_is_not_taken_for_an_absent_agent(rig: Rig) -> None:
+    """It is cut off, and says so."""
+    rig.start_agent()
+    with pytest.raises(PyambientError, match=r"hung up.*the request is too long") as refused:
+        rig.ask("verify", netns="x" * 4 * REQUEST_LIMIT)
+    assert not isinstance(refused.value, AgentAbsent)
