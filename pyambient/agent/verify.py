@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyambient.errors import PyambientError
 from pyambient.intercept.bpf_steps import SkLookup
@@ -127,12 +127,26 @@ def _inbound(record: Record, netns: Netns, families: Iterable[str]) -> Iterator[
 
 def _hbone_inbound(record: Record, entrance: Entrance) -> Check:
     what = f"an {entrance.family} connection from outside to port {HBONE_PORT} is the proxy's"
-    own, listener = SocketAddress(entrance.ip, HBONE_PORT), record.ports.hbone
-    if listener == HBONE_PORT or _is_steered(record):
-        return _judged(what, inbound_trial.steered(entrance, own, listener))
+    own = SocketAddress(entrance.ip, HBONE_PORT)
+    return _arrives(_Arrival(what, "HBONE by", own, record.ports.hbone), record, entrance)
+
+
+class _Arrival(NamedTuple):
+    """What is checked of a connection to `own`: that `listener` gets it. `kind` is for people."""
+
+    what: str
+    kind: str
+    own: SocketAddress
+    listener: int
+
+
+def _arrives(arrival: _Arrival, record: Record, entrance: Entrance) -> Check:
+    own, listener = arrival.own, arrival.listener
+    if _is_steered(record) or own.port == listener:
+        return _judged(arrival.what, inbound_trial.steered(entrance, own, listener))
     if not inbound_trial.can_knock(entrance):
-        return _cannot_knock(entrance, "HBONE by")
-    return _judged(what, inbound_trial.redirected(entrance, own, listener))
+        return _cannot_knock(entrance, arrival.kind)
+    return _judged(arrival.what, inbound_trial.redirected(entrance, own, listener))
 
 
 def _is_steered(record: Record) -> bool:
@@ -154,11 +168,7 @@ def _plain_inbound(record: Record, entrance: Entrance) -> Check:
     if not record.options.inbound.captures(entrance.client.ip, entrance.own.port):
         client, own = entrance.client.ip, entrance.own
         return Check(f"what comes from {client} to {own} is excluded, so it was not tried")
-    steered = _is_steered(record)
-    if not steered and not inbound_trial.can_knock(entrance):
-        return _cannot_knock(entrance, "plain")
-    trial = inbound_trial.steered if steered else inbound_trial.redirected
-    return _judged(what, trial(entrance, entrance.own, record.ports.inbound))
+    return _arrives(_Arrival(what, "plain", entrance.own, record.ports.inbound), record, entrance)
 
 
 def _listeners(record: Record, netns: Netns, proxies: Collection[int]) -> Iterator[Check]:
