@@ -28,6 +28,8 @@ from .traced import Traced
 
 _BEAT: Final = 1.0
 _MOST_AT_ONCE: Final = 1000
+# A command that runs for days meets many pods that are gone by now.
+MOST_NAMES: Final = 4096
 _TRACED: Final = frozenset(("bpf", "tc"))
 
 
@@ -50,7 +52,7 @@ class PodNames:
     def __init__(self, run_dir: RunDir) -> None:
         self._store = RecordStore(run_dir.pods)
         self._read: dict[str, tuple[int, Record]] = {}
-        self._by_cookie: dict[int, Record] = {}
+        self._by_cookie: dict[int, tuple[str, str]] = {}
         self._changed = -1
         self.refresh()
 
@@ -72,7 +74,14 @@ class PodNames:
         for record in self.records:
             place = place_of(record)
             if place is not None:
-                self._by_cookie[place[1]] = record
+                self._name(place[1], (record.netns.label, str(record.pod)))
+
+    def _name(self, cookie: int, names: tuple[str, str]) -> None:
+        """Whoever was named last comes last, and the first one goes when there are too many."""
+        self._by_cookie.pop(cookie, None)
+        self._by_cookie[cookie] = names
+        if len(self._by_cookie) > MOST_NAMES:
+            del self._by_cookie[next(iter(self._by_cookie))]
 
     def _read_one(self, uid: str, when: int) -> None:
         """A record that is gone, or that cannot be read, names nobody."""
@@ -83,10 +92,7 @@ class PodNames:
 
     def of(self, cookie: int) -> tuple[str, str]:
         """The namespace and the pod, as `status` shows them; also of one that has been freed."""
-        record = self._by_cookie.get(cookie)
-        if record is None:
-            return (f"cookie:{cookie}", f"cookie:{cookie}")
-        return (record.netns.label, str(record.pod))
+        return self._by_cookie.get(cookie, (f"cookie:{cookie}", f"cookie:{cookie}"))
 
 
 def _changed(path: Path) -> int:
@@ -131,10 +137,13 @@ class Trace:
         return [str(r.pod) for r in self._names.records if r.backend not in _TRACED]
 
     def attach(self) -> bool:
-        """Begin, unless no pod is there that has programs; PyambientError if too many read."""
-        places = filter(None, map(place_of, self._names.records))
-        for bpffs in dict.fromkeys(place[0] for place in places):
-            self._reader = TraceReader.open(bpffs, self._cookie)
+        """Begin, unless no pod is there that has programs; PyambientError if too many read.
+
+        All pods of a run directory have their programs in one place.
+        """
+        place = next(filter(None, map(place_of, self._names.records)), None)
+        if place is not None:
+            self._reader = TraceReader.open(place[0], self._cookie)
         return self._reader is not None
 
     async def run(self) -> None:

@@ -128,6 +128,21 @@ def test_names_follow_the_records(tmp_path: Path, store: RecordStore) -> None:
     assert names.of(8) == ("web", "default/web")
 
 
+def test_names_of_pods_that_are_gone_are_bounded(
+    tmp_path: Path, store: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was enrolled last is known longest."""
+    monkeypatch.setattr("pyambient.agent.trace.MOST_NAMES", 2)
+    names = PodNames(RunDir(tmp_path))
+    for cookie in (7, 8, 9):
+        store.write(_record("u1", f"pod{cookie}", cookie))
+        names.refresh()
+        store.remove("u1")
+        names.refresh()
+    known = [names.of(cookie)[1] for cookie in (7, 8, 9)]
+    assert known == ["cookie:7", "default/pod8", "default/pod9"]
+
+
 def test_a_backend_that_tells_nothing(tmp_path: Path, store: RecordStore) -> None:
     """Is refused by name, and named where all pods are traced."""
     store.write(_record("u1", "shop", 7))
