@@ -11,11 +11,11 @@ the redirects know the proxy's sockets; with the netfilter backends it reached t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import trio
 
-from pyambient.errors import PyambientError
 from pyambient.intercept.holders import holders
 from pyambient.intercept.ports import choose_ports
 from pyambient.model.ports import WELL_KNOWN, Ports
@@ -26,6 +26,7 @@ from .interception import write
 from .kernel import KernelQueue
 from .proxies import Proxies
 from .records import RecordStore, State
+from .retry import until_done
 
 # Somebody who takes each port anew must not keep the agent busy.
 _PAUSE: Final = 1.0
@@ -58,24 +59,28 @@ class Relocation:
 
     async def follow(self, enrolled: Enrolled) -> None:
         """Whenever a proxy cannot listen in the pod, have it listen where it can; for ever."""
+
+        def say(reason: str) -> None:
+            _log.error("a pod is not served", pod=str(enrolled.record.pod), error=reason)
+
         while True:
             await self._proxies.refused(enrolled.uid)
-            try:
-                async with enrolled.turn:
-                    await self._relocate(enrolled)
-            except (PyambientError, OSError) as error:
-                _log.error("a pod is not served", pod=str(enrolled.record.pod), error=str(error))
+            before = enrolled.record.ports
+            await until_done(partial(self._relocate, enrolled, before), _PAUSE, say)
             await trio.sleep(_PAUSE)
 
-    async def _relocate(self, enrolled: Enrolled) -> None:
-        before = enrolled.record
-        if before.state is not State.ENROLLED or enrolled.freed.is_set():
-            return
-        ports = await self._kernel.run(choose_ports, enrolled.netns, before.ports, served=True)
-        if ports == before.ports:
-            return  # it failed for another reason, and tries again by itself
-        write(enrolled, before.changed(ports=ports), self._store)
-        await self.tell(enrolled, before.ports)
-        await self._refresh(enrolled)
-        await self._proxies.describe(enrolled.uid, enrolled.details)
-        await self._proxies.offer(enrolled.uid, _PATIENCE)
+    async def _relocate(self, enrolled: Enrolled, before: Ports) -> None:
+        """Have the pod served on other ports than before; from its beginning if it failed."""
+        async with enrolled.turn:
+            record = enrolled.record
+            if record.state is not State.ENROLLED or enrolled.freed.is_set():
+                return
+            ports = await self._kernel.run(choose_ports, enrolled.netns, record.ports, served=True)
+            if ports == before:
+                return  # it failed for another reason, and tries again by itself
+            write(enrolled, record.changed(ports=ports), self._store)
+            enrolled.seen = b""  # what is in place is about the former ports
+            await self._proxies.describe(enrolled.uid, enrolled.details)
+            await self._refresh(enrolled)
+            await self._proxies.offer(enrolled.uid, _PATIENCE)
+        await self.tell(enrolled, before)

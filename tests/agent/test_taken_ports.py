@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from pyambient.agent import interception
 from pyambient.errors import PyambientError
 from pyambient.model.ports import WELL_KNOWN
-from tests.bed import BedPod, Child, apps, changes, kernel_state
+from tests.bed import BedPod, Channel, Child, apps, changes, kernel_state
 
 from .rig import Rig
 from .test_enrolment import problems
@@ -116,3 +119,64 @@ def test_a_switch_keeps_them(rig: Rig, pods: tuple[BedPod, BedPod]) -> None:
             assert problems(rig, one) == []
             assert rig.records()["one"].ports.moved == {15001: 15101, 15008: 15108}
             rig.wait_until(lambda: not rig.records()["one"].leaving)
+
+
+class _FailOneChange:
+    """Has the first change of a pod's steps fail before it begins."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def __call__(self) -> None:
+        if not self._is_set:
+            self._is_set = True
+            self._refresh, interception.refresh = interception.refresh, self._fail
+
+    def _fail(self, *_: object) -> NoReturn:
+        interception.refresh = self._refresh
+        raise PyambientError("told to fail")
+
+
+def test_a_relocation_that_fails_half_way_is_tried_again(
+    rig: Rig, pods: tuple[BedPod, BedPod]
+) -> None:
+    """The ports were chosen and in the record already; the proxy hears of them all the same."""
+    rig.start_agent(sabotage=_FailOneChange())
+    proxy = rig.start_proxy()
+    rig.wait_for_proxies()
+    for pod in pods:
+        rig.enroll(pod, "nftables")
+    proxy.kill()
+    with _serve(pods[0], 15001):
+        rig.start_proxy()
+        rig.wait_until(
+            lambda: [pod["proxy"] for pod in rig.ask("status")["pods"]] == [{"listeners": 3}] * 2
+        )
+        (line,) = rig.logged("a pod is not served")
+        assert line["error"] == "told to fail"
+        rig.wait_until(lambda: rig.logged("a port is taken"))
+        assert rig.records()["one"].ports.moved == {15001: 15101}
+        for pod in pods:
+            assert problems(rig, pod) == []
+
+
+_PR_SET_NAME = 15
+
+
+def _serve_as(channel: Channel, name: bytes, port: int) -> int:
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name)
+    return apps.echo_server(channel, port)
+
+
+def test_an_app_whose_name_is_no_text(rig: Rig, pods: tuple[BedPod, BedPod], backend: str) -> None:
+    """Any bytes but zero, set by the app: its pod is enrolled, and the name is one line's part."""
+    rig.start_agent()
+    rig.start_proxy()
+    rig.wait_for_proxies()
+    with pods[0].spawn(_serve_as, b"\xff\n\x1b[2J", 15001) as server:
+        assert server.receive() == "listening"
+        for pod in pods:
+            rig.enroll(pod, backend)
+            assert problems(rig, pod) == []
+        (line,) = rig.logged("a port is taken")
+        assert line["by"] == f"{server.pid} (\ufffd??[2J)"
