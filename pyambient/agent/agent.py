@@ -36,9 +36,9 @@ class Agent:
 
     def __init__(self, settings: AgentSettings) -> None:
         self._settings = settings
-        self._proxies = Proxies()
-        store = RecordStore(settings.run_dir.pods)
         self._kernel = KernelQueue()
+        self._proxies = Proxies(self._kernel)
+        store = RecordStore(settings.run_dir.pods)
         self.enrolments = Enrolments(settings, store, self._proxies, self._kernel, self._hold)
         self._adoption = Adoption(self.enrolments, store, self._proxies, self._kernel)
         self._succession = Succession(self.enrolments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import trio
 
@@ -29,18 +29,20 @@ from pyambient.zds.details import (
 from .unix_socket import peer_pid, serve
 from .zds_server import MAX_PROXIES
 
-# How long a proxy's ZDS connection waits for its details connection; a foreign one has none.
-INTRODUCTION_TIMEOUT: Final = 1.0
 _log = get_logger("details")
 
 
 class DetailsServer:
-    """What is known of the pods, and the proxies that want to know it."""
+    """What is known of the pods, and the proxies that want to know it.
+
+    Those that are `_coming` are just being told.
+    """
 
     def __init__(self) -> None:
         self._described: dict[str, PodDetails] = {}
+        self._coming: list[DetailsPeer] = []
         self._peers: list[DetailsPeer] = []
-        self._arrival = trio.Event()
+        self._change = trio.Event()
 
     async def serve(
         self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -51,6 +53,8 @@ class DetailsServer:
 
     async def _serve_proxy(self, connection: trio.socket.SocketType) -> None:
         peer = DetailsPeer(connection, peer_pid(connection))
+        self._coming.append(peer)
+        self._note_change()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._greet, peer)
@@ -59,9 +63,14 @@ class DetailsServer:
         except* DetailsError as errors:
             _log.warning("lost the proxy", pid=peer.pid, error=str(errors.exceptions[0]))
         finally:
-            if peer in self._peers:
-                self._peers.remove(peer)
+            (self._peers if peer in self._peers else self._coming).remove(peer)
+            self._note_change()
             peer.close()
+
+    def _note_change(self) -> None:
+        """Wake up those who wait for a proxy."""
+        self._change.set()
+        self._change = trio.Event()
 
     async def _greet(self, peer: DetailsPeer) -> None:
         told: dict[str, PodDetails] = {}
@@ -69,19 +78,21 @@ class DetailsServer:
             uid, details = next(iter(missing.items()))
             told[uid] = details
             await peer.ask(Describe(uid, details))
+        self._coming.remove(peer)
         self._peers.append(peer)
-        self._arrival.set()
-        self._arrival = trio.Event()
+        self._note_change()
 
-    async def introduced(self, pid: int) -> None:
-        """Wait, but not long, until the proxy with this pid knows what is known of the pods."""
-        with trio.move_on_after(INTRODUCTION_TIMEOUT):
-            while not self.knows(pid):
-                await self._arrival.wait()
+    async def introduced(self, pid: int, patience: float) -> bool:
+        """Whether the proxy with this pid has come within `patience` s.
 
-    def knows(self, pid: int) -> bool:
-        """Whether the proxy with this pid is told what is known of the pods."""
-        return any(peer.pid == pid for peer in self._peers)
+        One that has is waited for until it knows what is known of the pods, or has hung up.
+        """
+        with trio.move_on_after(patience) as waiting:
+            while not any(peer.pid == pid for peer in (*self._coming, *self._peers)):
+                await self._change.wait()
+        while any(peer.pid == pid for peer in self._coming):
+            await self._change.wait()
+        return not waiting.cancelled_caught
 
     def described(self, uid: str) -> PodDetails | None:
         return self._described.get(uid)

@@ -47,6 +47,7 @@ from .records import Record, RecordStore, State
 from .relocation import Relocation
 from .switch import Switch
 from .upkeep import Upkeep
+from .zds_server import NoProxy
 
 _PREPARING: Final = (Stage.PREPARE,)
 _DELIVERING: Final = (Stage.APPLY, Stage.STEER)
@@ -103,10 +104,7 @@ class Enrolments:
                 if request.existing == CLOSE:
                     await self._kernel.run(end_existing, enrolled)
             except BaseException:
-                with trio.CancelScope(
-                    shield=True, deadline=trio.current_time() + _ROLLBACK_TIMEOUT
-                ):
-                    await self._roll_back(enrolled)
+                await self._roll_back(enrolled)
                 raise
         _log.info("enrolled", pod=str(enrolled.record.pod), netns=enrolled.record.netns.label)
         self.hold(enrolled)
@@ -140,19 +138,12 @@ class Enrolments:
                 await self._kernel.run(end_existing, enrolled)
             if plan.backend == before.backend:
                 return await self._change(enrolled, request.choices)
-            await self._check_newest_proxy(plan.backend)
+            newest = await self._proxies.newest(self._settings.proxy_timeout)
+            self._check_proxy(newest, plan.backend)
             await self.switch.to(enrolled, plan, options)
             await self._end_older_queries(enrolled)
         _log.info("switched", pod=str(before.pod), before=before.backend, now=plan.backend)
         return enrolled.record
-
-    async def _check_newest_proxy(self, backend: str) -> None:
-        if not await self._proxies.present(self._settings.proxy_timeout):
-            raise PyambientError(
-                "no proxy is connected to the agent",
-                "start one with 'pyambient proxy' or 'pyambient up'",
-            )
-        self._check_proxy(self._proxies.pids[-1], backend)
 
     @staticmethod
     def _refuse_leaving(enrolled: Enrolled) -> None:
@@ -198,11 +189,19 @@ class Enrolments:
             )
 
     async def _roll_back(self, enrolled: Enrolled) -> None:
-        try:
-            await self._free(enrolled, drain_timeout=0)
-        except (PyambientError, OSError) as error:
-            _log.error("could not undo everything", pod=str(enrolled.record.pod), error=str(error))
-            self.hold(enrolled)  # which tries it again
+        """Undo what was done, whoever is in a hurry; what takes too long is left to `resume`."""
+        # Also where nothing can be written now: it is not to be taken for an enrolled pod.
+        enrolled.record = enrolled.record.changed(state=State.DRAINING)
+        reason = f"it took longer than {_ROLLBACK_TIMEOUT:g} s"
+        deadline = trio.current_time() + _ROLLBACK_TIMEOUT
+        with trio.CancelScope(shield=True, deadline=deadline):
+            try:
+                await self._free(enrolled, drain_timeout=0)
+            except (PyambientError, OSError) as error:
+                reason = str(error)
+        if not enrolled.freed.is_set():
+            _log.error("could not undo everything", pod=str(enrolled.record.pod), error=reason)
+            self.hold(enrolled)
 
     async def unenrol(self, enrolled: Enrolled, drain_timeout: float | None = None) -> int | None:
         """Free the pod; how many connections had to be cut, None if nobody could tell."""
@@ -244,9 +243,10 @@ class Enrolments:
         enrolled.netns.close()
 
     async def resume(self, enrolled: Enrolled) -> None:
-        """Go on with the un-enrolment that an agent before this one did not finish."""
-        if enrolled.record.state is State.DRAINING:
-            await self._proxies.present(self._settings.proxy_timeout)
+        """Go on with what was not finished: an un-enrolment, or the roll-back of an enrolment."""
+        if enrolled.record.state is not State.ENROLLED:
+            with contextlib.suppress(NoProxy):
+                await self._proxies.newest(self._settings.proxy_timeout)
             await self.unenrol(enrolled)
 
     async def change(self, enrolled: Enrolled, choices: Mapping[str, Any]) -> Record:

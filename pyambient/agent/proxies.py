@@ -15,27 +15,30 @@ from pyambient.zds.details import Explain, PodDetails
 
 from .config import RunDir
 from .details_server import DetailsServer
+from .kernel import KernelQueue
 from .zds_server import ZdsServer
 
 
 class Proxies:
     """The connected proxies, old and new, as one that serves pods."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: KernelQueue) -> None:
+        self._kernel = kernel
         self._details = DetailsServer()
         self._zds = ZdsServer(self._details.introduced, self._objection)
 
-    def _objection(self, pid: int, uid: str, netns: Netns) -> PyambientError | None:
+    async def _objection(self, pid: int, uid: str, netns: Netns) -> PyambientError | None:
         """One of another make listens on the well-known ports, and is told of no others."""
         details = self._details.described(uid)
-        if details is None or self._details.knows(pid):
+        if details is None:
             return None
         taken = [p for p in details.ports.moved if p != DNS_PORT or details.dns is not None]
         if not taken:
             return None
+        by = await self._kernel.run(holders, netns, taken[0])
         return PyambientError(
-            f"port {taken[0]} of {netns.name} is taken by {holders(netns, taken[0])}, and the proxy"
-            f" (pid {pid}) can listen on no other",
+            f"port {taken[0]} of {netns.name} is taken by {by}, and the proxy (pid {pid}) can"
+            " listen on no other",
             "stop what has it, or serve the pod by 'pyambient proxy'",
         )
 
@@ -59,9 +62,9 @@ class Proxies:
         workers = [worker["pid"] for worker in status.get("workers", ())]
         return [*self.pids, *filter(None, workers)]
 
-    async def present(self, patience: float) -> bool:
-        """Wait up to `patience` s until a proxy knows all pods; whether one does."""
-        return await self._zds.newest(trio.current_time() + patience) is not None
+    async def newest(self, patience: float) -> int:
+        """The pid of the newest proxy that knows all pods; NoProxy if none does in `patience` s."""
+        return (await self._zds.newest(trio.current_time() + patience)).pid
 
     async def adopt(self, pod: PodRef, netns: Netns, details: PodDetails) -> None:
         """Have the pod served by whoever connects."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pyambient.agent.records import State
+from pyambient.agent import enrolment
+from pyambient.agent.records import Record, RecordStore, State
 from pyambient.errors import PyambientError, UsageError
 from tests.bed import BedPod, changes, kernel_state
 
@@ -154,6 +157,47 @@ def test_a_failure_after_any_step_undoes_all(
         assert changes(before, kernel_state(two)) == [], f"after step {failures}"
         assert rig.records() == {}
     assert failures == len(rig.records()["two"].steps)
+
+
+def _fill_disk() -> None:
+    """The next three records cannot be written."""
+    write = RecordStore.write
+    left = iter(range(3))
+
+    def fail(store: RecordStore, record: Record) -> None:
+        if next(left, None) is None:
+            RecordStore.write = write
+            return store.write(record)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    RecordStore.write = fail
+
+
+def _run_out_of_time() -> None:
+    enrolment._ROLLBACK_TIMEOUT = 0.0
+
+
+@pytest.mark.parametrize("trouble", [_fill_disk, _run_out_of_time])
+def test_a_roll_back_that_cannot_begin_is_tried_again(
+    rig: Rig, pods: tuple[BedPod, BedPod], backend: str, trouble: Callable[[], None]
+) -> None:
+    """Nobody else knows of the pod then; the other one comes and goes meanwhile."""
+    one, two = pods
+
+    def fail() -> None:
+        if rig.records().keys() == {"two"}:
+            trouble()
+            raise PyambientError("told to fail")
+
+    rig.start_agent(sabotage=fail)
+    rig.start_proxy()
+    before = kernel_state(one, two)
+    assert _failure(rig, two, backend) == "told to fail"
+    rig.wait_until(lambda: rig.records() == {})
+    assert changes(before, kernel_state(one, two)) == []
+    assert rig.logged("could not undo everything")
+    rig.enroll(one, backend)
+    assert problems(rig, one) == []
 
 
 def _failure(rig: Rig, pod: BedPod, backend: str) -> str | None:

@@ -13,13 +13,16 @@ import pytest
 import trio
 import trio.testing
 
-from pyambient.agent.details_server import DetailsServer
-from pyambient.agent.zds_server import ZdsServer
+from pyambient.agent import zds_server
+from pyambient.agent.config import RunDir
+from pyambient.agent.kernel import KernelQueue
+from pyambient.agent.proxies import Proxies
 from pyambient.errors import PyambientError
+from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 from pyambient.proxy.details_client import serve_details
 from pyambient.proxy.zds_client import serve_zds
-from pyambient.zds.details import PodDetails
+from pyambient.zds.details import Answer, PodDetails, encode_answer
 from pyambient.zds.messages import (
     Ack,
     Add,
@@ -35,9 +38,10 @@ class Servers:
 
     def __init__(self, directory: Path, connections: contextlib.ExitStack) -> None:
         self.connections = connections
-        self.details_path, self.zds_path = directory / "details.sock", directory / "zds.sock"
-        self.details = DetailsServer()
-        self.zds = ZdsServer(self.details.introduced)
+        self.run_dir = RunDir(directory)
+        self.details_path, self.zds_path = self.run_dir.details_socket, self.run_dir.zds_socket
+        self.proxies = Proxies(KernelQueue())
+        self.details, self.zds = self.proxies._details, self.proxies._zds
 
     async def connect(self, path: Path) -> Other:
         connection = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -67,8 +71,7 @@ def with_servers(directory: Path, talk: Callable[[Servers], Awaitable[None]]) ->
     async def main(connections: contextlib.ExitStack) -> None:
         servers = Servers(directory, connections)
         async with trio.open_nursery() as nursery:
-            await nursery.start(servers.details.serve, servers.details_path)
-            await nursery.start(servers.zds.serve, servers.zds_path)
+            await nursery.start(servers.proxies.serve, servers.run_dir)
             with trio.fail_after(20):
                 await talk(servers)
             nursery.cancel_scope.cancel()
@@ -80,7 +83,7 @@ def with_servers(directory: Path, talk: Callable[[Servers], Awaitable[None]]) ->
 @pytest.fixture(autouse=True)
 def of_another_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's proxies have no details channel; nobody waits long for that."""
-    monkeypatch.setattr("pyambient.agent.details_server.INTRODUCTION_TIMEOUT", 0.01)
+    monkeypatch.setattr("pyambient.agent.zds_server.INTRODUCTION_TIMEOUT", 0.01)
 
 
 def test_a_new_proxy_is_told_of_every_pod(tmp_path: Path) -> None:
@@ -236,7 +239,7 @@ def test_too_many_proxies_are_turned_away(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_our_two_ends_work_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Details are there before the Add, and a slow answer holds up no other."""
-    monkeypatch.setattr("pyambient.agent.details_server.INTRODUCTION_TIMEOUT", 20)
+    monkeypatch.setattr("pyambient.agent.zds_server.INTRODUCTION_TIMEOUT", 20)
     handler = Handler()
     with Netns.empty() as one:
 
@@ -276,5 +279,85 @@ def test_a_details_peer_that_talks_nonsense_is_hung_up_on(tmp_path: Path) -> Non
         await bad.connection.send(b"nonsense")
         assert await bad.ended()
         assert await servers.details.drain("u1", 1) is None
+
+    with_servers(tmp_path, talk)
+
+
+_MOVED = PodDetails("bpf", (), ports=Ports(outbound=15101))
+
+
+async def described(details: Other) -> str:
+    """Answer the next description; of which pod it was."""
+    asked = json.loads(await details.connection.recv(4096))
+    await details.connection.send(encode_answer(Answer(asked["id"])))
+    return str(asked["describe"])
+
+
+def test_a_proxy_that_is_told_slowly_is_not_taken_for_a_foreign_one(tmp_path: Path) -> None:
+    """However long that takes: the pod is added when it is known, moved ports and all."""
+    with Netns.empty() as one:
+
+        async def talk(servers: Servers) -> None:
+            await servers.details.describe("u1", _MOVED)
+            servers.zds.adopt(ONE, one)
+            details = await servers.connect(servers.details_path)
+            proxy = await servers.proxy()
+            with trio.move_on_after(10 * zds_server.INTRODUCTION_TIMEOUT):
+                pytest.fail(f"it was told {await proxy.asked()} before it knew the pod")
+            assert await described(details) == "u1"
+            assert await proxy.obey("", "") == [Add(ONE), SnapshotSent()]
+
+        with_servers(tmp_path, talk)
+
+
+def test_a_proxy_that_lost_its_details_connection_is_not_taken_for_a_foreign_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is back the pod waits: its ports are to be known before the Add."""
+    monkeypatch.setattr("pyambient.agent.zds_server.INTRODUCTION_TIMEOUT", 20)
+    with Netns.empty() as one:
+
+        async def talk(servers: Servers) -> None:
+            first = await servers.connect(servers.details_path)
+            proxy = await servers.live_proxy()
+            first.connection.close()
+            while servers.details._peers:
+                await trio.lowlevel.checkpoint()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(servers.proxies.start, ONE, one, _MOVED, 5)
+                await trio.testing.wait_all_tasks_blocked()
+                second = await servers.connect(servers.details_path)
+                assert await described(second) == "u1"
+                assert await proxy.obey("") == [Add(ONE)]
+
+        with_servers(tmp_path, talk)
+
+
+def test_a_proxy_that_comes_late_for_its_details_gets_what_was_kept_back(tmp_path: Path) -> None:
+    """As after an outage of the agent's, when each of its connections is tried at its own time."""
+    with Netns.empty() as one:
+
+        async def talk(servers: Servers) -> None:
+            await servers.details.describe("u1", _MOVED)
+            servers.zds.adopt(ONE, one)
+            proxy = await servers.proxy()
+            assert await proxy.obey("") == [SnapshotSent()]
+            details = await servers.connect(servers.details_path)
+            assert await described(details) == "u1"
+            assert await proxy.obey("") == [Add(ONE)]
+
+        with_servers(tmp_path, talk)
+
+
+def test_who_has_a_port_may_be_hard_to_tell(tmp_path: Path) -> None:
+    """A namespace that cannot be entered is no reason for the agent to end."""
+    gone = Netns.empty()
+
+    async def talk(servers: Servers) -> None:
+        await servers.details.describe("u1", _MOVED)
+        servers.zds.adopt(ONE, gone)
+        gone.close()
+        proxy = await servers.proxy()
+        assert await proxy.obey("") == [SnapshotSent()]
 
     with_servers(tmp_path, talk)
