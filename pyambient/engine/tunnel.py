@@ -40,7 +40,6 @@ from .loop import GONE, IN, OUT, Loop
 from .reservoir import Unread
 from .tls import Fill, SharedBuffers, TlsError, TlsTransport
 
-_FILLS_A_TURN = 2
 _FLUSH_AT = 64 << 10
 # So much in large batches, without a pause of so many seconds between two, is bulk: a small message
 # behind it waits for whole buffers to drain.
@@ -128,7 +127,7 @@ class Tunnel:
             self.read()
 
     def read(self) -> None:
-        """Decrypt and process what has arrived, a bounded number of buffers a turn."""
+        """Decrypt and process what has arrived, one buffer of it a turn."""
         if self._fd < 0:
             return
         try:
@@ -144,20 +143,16 @@ class Tunnel:
                 self.loop.call_soon(self.read)
 
     def _read(self) -> bool:
-        receive, fill = self.connection.receive, self._transport.fill
-        for _ in range(_FILLS_A_TURN):
-            count, state = fill()
-            if count:
-                if count >= _FLUSH_AT:
-                    self._count_bulk(count)
-                receive(self._plain[:count])
-                self.loop.flush_soon(self)
-            if state is Fill.DRAINED:
-                return False
-            if state is Fill.EOF:
-                self.close("connection closed by the peer")
-                return False
-        return True
+        """Whether there is more."""
+        count, state = self._transport.fill()
+        if count:
+            if count >= _FLUSH_AT:
+                self._count_bulk(count)
+            self.connection.receive(self._plain[:count])
+            self.loop.flush_soon(self)
+        if state is Fill.EOF:
+            self.close("connection closed by the peer")
+        return state is Fill.MORE
 
     def flush(self) -> None:
         """Encrypt and send what the connection has, as far as the socket takes it."""

@@ -248,21 +248,40 @@ def small_buffers(*socks):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
 
 
-def send_until_stuck(sock, seed):
-    """Random bytes until nothing more is taken for a moment; how many, and their SHA-256."""
-    dice, digest, sent = random.Random(seed), hashlib.sha256(), 0
-    sock.settimeout(patience(0.5))
-    with contextlib.suppress(TimeoutError):
-        while True:
-            block = dice.randbytes(1 << 16)
-            view = memoryview(block)
-            while view:
-                count = sock.send(view)
-                digest.update(view[:count])
-                sent += count
-                view = view[count:]
-    sock.settimeout(10)
-    return sent, digest.hexdigest()
+class Sender:
+    """Sends random bytes, and knows how many and what their SHA-256 is."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.sent = 0
+        self._dice, self._digest = random.Random(1), hashlib.sha256()
+
+    def until_stuck(self):
+        """Until nothing more is taken for a moment."""
+        self.sock.settimeout(patience(0.5))
+        with contextlib.suppress(TimeoutError):
+            while True:
+                view = memoryview(self._dice.randbytes(1 << 16))
+                while view:
+                    count = self.sock.send(view)
+                    self._digest.update(view[:count])
+                    self.sent += count
+                    view = view[count:]
+        self.sock.settimeout(patience(5))
+
+    def is_in(self, received):
+        return hashlib.sha256(received).digest() == self._digest.digest()
+
+
+def fill_a_pipe(sender, server, ledger):
+    """Send until a pipe is full, not the backlog of a small block; what had to be read for that."""
+    received = bytearray()
+    for _ in range(20):
+        sender.until_stuck()
+        if ledger.pipes:
+            return received
+        received += server.recv(BUFFER)
+    raise AssertionError("what was kept never stood in a pipe")
 
 
 def fed(app, server):
@@ -280,8 +299,8 @@ def test_a_reader_that_stops_holds_up_its_sender_and_nobody_else(splicer, ledger
 
         def stuck():
             fed(app, server)
-            sent, digest = send_until_stuck(app, 7)
-            relay = rig.relays[0]
+            sender, relay = Sender(app), rig.relays[0]
+            received = fill_a_pipe(sender, server, ledger)
             assert (ledger.pipes, ledger.most) == (1, 1)
             read = relay.bytes_from_near
             app.shutdown(socket.SHUT_WR)
@@ -291,9 +310,10 @@ def test_a_reader_that_stops_holds_up_its_sender_and_nobody_else(splicer, ledger
                 assert exchanged(its_server, other, payload) == payload
             server.sendall(b"the other way")
             assert app.recv(100) == b"the other way"
-            assert relay.bytes_from_near == read < 4 * MIB + sent
-            received = read_all(server)
-            assert (len(received), hashlib.sha256(received).hexdigest()) == (sent, digest)
+            assert relay.bytes_from_near == read < 4 * MIB + sender.sent
+            received += read_all(server)
+            assert len(received) == sender.sent
+            assert sender.is_in(received)
             for sock in (app, server, other, its_server):
                 sock.close()
 
@@ -312,8 +332,7 @@ def test_a_reset_beyond_a_full_pipe_is_one(splicer, ledger, host, who):
     def use(app, server):
         small_buffers(app, server)
         fed(app, server)
-        send_until_stuck(app, 3)
-        assert ledger.pipes == 1
+        fill_a_pipe(Sender(app), server, ledger)
         gone, left = (server, app) if who == "sink" else (app, server)
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         gone.close()
@@ -335,7 +354,7 @@ def test_a_relay_that_is_ended_gives_its_pipe_back(splicer, ledger, host):
         def stuck():
             small_buffers(app, server)
             fed(app, server)
-            send_until_stuck(app, 4)
+            fill_a_pipe(Sender(app), server, ledger)
 
         await rig.use(stuck)
         assert ledger.pipes == 1
