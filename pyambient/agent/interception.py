@@ -105,7 +105,9 @@ def apply_recorded(enrolled: Enrolled, steps: Iterable[Step], store: RecordStore
             intended = [observed(pod, step) for step in stage]
             _note(enrolled, intended, store)
             for step in intended:
-                _note(enrolled, apply_stages(pod, (step,)), store)
+                (applied,) = apply_stages(pod, (step,))
+                if applied is not step:
+                    _note(enrolled, (applied,), store)
 
 
 def _stage(step: Step) -> Stage:

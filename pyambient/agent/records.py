@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyambient.errors import PyambientError, UnsupportedFeature
-from pyambient.intercept.interface import Step, from_record, to_record
+from pyambient.intercept.interface import Step, from_record, to_record, values_of
 from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.model.ports import WELL_KNOWN, Ports
 from pyambient.model.workload import PodRef
@@ -109,8 +109,8 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         return {
             "version": _VERSION,
-            "pod": dataclasses.asdict(self.pod),
-            "netns": dataclasses.asdict(self.netns),
+            "pod": values_of(self.pod),
+            "netns": values_of(self.netns),
             "backend": self.backend,
             "state": self.state.value,
             "steps": to_record(self.steps),

@@ -23,7 +23,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -76,12 +76,13 @@ class NodePrograms:
         PyambientError if the programs serve another cgroup, or if somebody else's program
         already decides about this cgroup's connections.
         """
-        ensure_bpffs(self.bpffs)
+        if not self._is_claimed():
+            ensure_bpffs(self.bpffs)
         with self._locked():
             is_first = not self._is_claimed()
             if is_first:
                 self._remove_pins()
-            ensure_bpffs(self.bpffs)
+                ensure_bpffs(self.bpffs)
             try:
                 repair = pod_directory(self.bpffs, uid).is_dir()
                 self._complete(constants, repair=repair, is_first=is_first)
@@ -103,11 +104,11 @@ class NodePrograms:
         if not pod_directory(self.bpffs, uid).is_dir():
             return "the pod's directory is gone from bpffs"
         needed = self.needed
-        absent = [name for name in needed.maps if not (self.directory / name).exists()]
-        pinned = pinned_identifiers(self.directory)
+        absent = self._lost_maps(self.directory)
+        pinned, targets = pinned_identifiers(self.directory), self._identifiers()
         try:
             for hook in needed.hooks:
-                attached = self._is_attached(self.directory, hook)
+                attached = self._is_attached(self.directory, hook, targets)
                 if not attached or not uses(self.directory, hook, pinned):
                     absent.append(hook.pin)
             absent += [s.program for s in SHARED if not uses(self.directory, s, pinned)]
@@ -126,12 +127,12 @@ class NodePrograms:
 
     def _complete(self, constants: Constants, *, repair: bool, is_first: bool) -> None:
         directory = self.directory if self.directory.exists() else self._building
-        lost = [name for name in self.needed.maps if not (directory / name).exists()]
+        lost = self._lost_maps(directory)
         if repair or lost:
             pin_used_maps(directory)
-            lost = [name for name in lost if not (directory / name).exists()]
-        hooks = self.needed.hooks
-        absent = [hook for hook in hooks if not self._is_attached(directory, hook)]
+            lost = self._lost_maps(directory)
+        hooks, targets = self.needed.hooks, self._identifiers()
+        absent = [hook for hook in hooks if not self._is_attached(directory, hook, targets)]
         others: tuple[str, ...] = ()
         if repair or lost:
             pinned = pinned_identifiers(directory)
@@ -146,6 +147,12 @@ class NodePrograms:
             self._load(directory, absent, others, constants, is_first=is_first)
         if directory != self.directory:
             directory.rename(self.directory)
+
+    def _lost_maps(self, directory: Path) -> list[str]:
+        pinned: set[str] = set()
+        with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+            pinned.update(entry.name for entry in entries)
+        return [name for name in self.needed.maps if name not in pinned]
 
     def load_ahead(self, constants: Constants) -> None:
         """Have everything loaded before the first pod claims it, unless pods have done so."""
@@ -198,14 +205,17 @@ class NodePrograms:
     def _cgroup_of(self, hook: Hook) -> Path:
         return self.cgroups[hook.place]
 
-    def _is_attached(self, directory: Path, hook: Hook) -> bool:
+    def _identifiers(self) -> dict[Place, int]:
+        return {place: _identifier(cgroup) for place, cgroup in self.cgroups.items()}
+
+    def _is_attached(self, directory: Path, hook: Hook, targets: Mapping[Place, int]) -> bool:
         """False if it has to be attached (again); an error if it serves another cgroup."""
-        link = Link.open_pinned(directory / hook.pin)
+        link = Link.open_pinned(f"{directory}/{hook.pin}")
         if link is None:
             return False
         with link:
             target = link.info().target
-        if target == _identifier(self._cgroup_of(hook)):
+        if target == targets[hook.place]:
             return True
         other = _cgroup_path(self.cgroup, target)
         if other is None:

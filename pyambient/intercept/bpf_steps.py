@@ -86,18 +86,18 @@ class MapEntry(ABC):
     map_name: ClassVar[str]
 
     def apply(self, pod: Pod) -> Self:
-        with existing_map(Path(self.bpffs), self.map_name) as entries:
+        with existing_map(self.bpffs, self.map_name) as entries:
             entries.put(self._key(), self._value(pod))
         return self
 
     def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the entry is found by its key alone
-        entries = node_map(Path(self.bpffs), self.map_name)
+        entries = node_map(self.bpffs, self.map_name)
         if entries is not None:
             with entries:
                 entries.delete(self._key())
 
     def missing(self, pod: Pod) -> str | None:
-        entries = node_map(Path(self.bpffs), self.map_name)
+        entries = node_map(self.bpffs, self.map_name)
         if entries is None:
             return f"the BPF map {self.map_name} is gone"
         with entries:
@@ -261,14 +261,14 @@ class DnsSlots:
         return self
 
     def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the cookie is never used again
-        entries = node_map(Path(self.bpffs), RESOLVERS_MAP)
+        entries = node_map(self.bpffs, RESOLVERS_MAP)
         if entries is not None:
             with entries:
                 for number in range(DNS_SLOT_COUNT):
                     entries.delete(slot_key(self.cookie, number))
 
     def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - it is one map for all
-        entries = node_map(Path(self.bpffs), RESOLVERS_MAP)
+        entries = node_map(self.bpffs, RESOLVERS_MAP)
         if entries is None:
             return f"the BPF map {RESOLVERS_MAP} is gone"
         entries.close()
@@ -332,7 +332,7 @@ class LoopbackNote:
     def _attach(self, pod: Pod) -> None:
         constants = Constants(netns=self.cookie)
         with (
-            existing_map(Path(self.bpffs), "notes") as notes,
+            existing_map(self.bpffs, "notes") as notes,
             load("note", constants, {notes.name: notes}) as loaded,
         ):
             lo_filter.attach(pod.netns, loaded.program_fd("pyamb_note"))
@@ -347,7 +347,7 @@ class LoopbackNote:
         program = program_info(identifier) if identifier else None
         if program is None:
             return "the filter on lo is gone"
-        with existing_map(Path(self.bpffs), "notes") as notes:
+        with existing_map(self.bpffs, "notes") as notes:
             shared = notes.identifier in program.maps
         return None if shared else "another filter is on lo"
 
@@ -369,7 +369,7 @@ class SkLookup:
     def apply(self, pod: Pod) -> Self:
         if self.missing(pod) is None:
             return self
-        name, bpffs = LOOKUP.program, Path(self.bpffs)
+        name, bpffs = LOOKUP.program, self.bpffs
         with (
             existing_map(bpffs, LOOKUP.map) as program,
             existing_map(bpffs, "entered") as entered,
@@ -392,7 +392,7 @@ class SkLookup:
             info = link.info()
         if info.target != pod.netns.inode:
             return "the sk_lookup link has lost its namespace"
-        is_whole = uses_pinned_maps(Path(self.bpffs), info.program)
+        is_whole = uses_pinned_maps(self.bpffs, info.program)
         return None if is_whole else "sk_lookup uses maps that are gone"
 
     def _pin(self, pod: Pod) -> Path:

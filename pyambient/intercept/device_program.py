@@ -178,7 +178,7 @@ class DeviceProgram(ABC):
         name, program = self.place.name, self._running(pod)
         if program is None or not _is(program, self.place.program):
             return f"no {name} on {self.device}"
-        used = uses_pinned_maps(Path(self.bpffs), program)
+        used = uses_pinned_maps(self.bpffs, program)
         return None if used else f"the {name} on {self.device} uses maps that are gone"
 
     def _running(self, pod: Pod) -> int | None:

@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Self
 
 from . import guard_maps
@@ -54,7 +53,7 @@ class GuardedPod:
         return f"bpf maps {EXISTING}, {DROPS} += this network namespace"
 
     def apply(self, pod: Pod) -> Self:
-        bpffs, cookie = Path(self.bpffs), self.cookie
+        bpffs, cookie = self.bpffs, self.cookie
         guard_maps.count_drops(bpffs, cookie)
         if self.older is not None:
             return self
@@ -64,10 +63,10 @@ class GuardedPod:
         return dataclasses.replace(self, older=len(connections))
 
     def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the cookie is never used again
-        guard_maps.forget(Path(self.bpffs), self.cookie)
+        guard_maps.forget(self.bpffs, self.cookie)
 
     def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - the maps are the node's
-        there = guard_maps.has_place(Path(self.bpffs), DROPS, self.cookie)
+        there = guard_maps.has_place(self.bpffs, DROPS, self.cookie)
         return None if there else f"not in the BPF map {DROPS}"
 
 
@@ -96,7 +95,7 @@ class EgressGuard(DeviceProgram):
             choices |= Choice.COUNTS_ONLY
         sign = sign_of(pod) if self.signs else 0
         with (
-            existing_map(Path(self.bpffs), GUARD.map) as program,
+            existing_map(self.bpffs, GUARD.map) as program,
             device_entry(GUARD.program, program, self.cookie, choices, sign) as entry,
         ):
             yield entry.fd

@@ -28,6 +28,7 @@ from pyambient.model.address import is_loopback
 from pyambient.model.numbers import RESOLVER_PORT
 from pyambient.netns import Netns
 
+from .processes import sub_tree
 from .selection import Selection
 from .socket_diag import DiagnosisRefused, Socket, dump, end, udp_sockets_to
 
@@ -90,6 +91,4 @@ def end_older_queries(
 
 def cgroups_of(proxy: Path | None) -> frozenset[int]:
     """The ids of a cgroup and those below it; an id is the inode number of a directory."""
-    if proxy is None or not proxy.is_dir():
-        return frozenset()
-    return frozenset(p.stat().st_ino for p in (proxy, *proxy.rglob("*")) if p.is_dir())
+    return frozenset() if proxy is None else frozenset(d.stat().st_ino for d in sub_tree(proxy))

@@ -74,7 +74,7 @@ class Drops:
         return {"dropped": counts, "last": [drop.to_json() for drop in self.last]}
 
 
-def note_older(bpffs: Path, cookie: int, connections: Collection[Socket]) -> None:
+def note_older(bpffs: Path | str, cookie: int, connections: Collection[Socket]) -> None:
     """Note a pod's connections from before its enrolment; what is there stays.
 
     Only where there are any: when a map in a map changes, the kernel waits until no CPU can still
@@ -95,13 +95,13 @@ def _filled(connections: Collection[Socket]) -> Map:
     return older
 
 
-def count_drops(bpffs: Path, cookie: int) -> None:
+def count_drops(bpffs: Path | str, cookie: int) -> None:
     """Have a place for what is dropped of a pod, which keeps what it has."""
     with existing_map(bpffs, DROPS) as drops:
         drops.add(_COOKIE.pack(cookie), bytes(drops.value_size))
 
 
-def forget(bpffs: Path, cookie: int) -> None:
+def forget(bpffs: Path | str, cookie: int) -> None:
     """Give up the pod's places."""
     for name in (EXISTING, DROPS):
         if has_place(bpffs, name, cookie):
@@ -109,11 +109,11 @@ def forget(bpffs: Path, cookie: int) -> None:
                 found.delete(_COOKIE.pack(cookie))
 
 
-def has_place(bpffs: Path, name: str, cookie: int) -> bool:
+def has_place(bpffs: Path | str, name: str, cookie: int) -> bool:
     return _get(bpffs, name, cookie) is not None
 
 
-def _get(bpffs: Path, name: str, cookie: int) -> bytes | None:
+def _get(bpffs: Path | str, name: str, cookie: int) -> bytes | None:
     found = node_map(bpffs, name)
     if found is None:
         return None
@@ -121,7 +121,7 @@ def _get(bpffs: Path, name: str, cookie: int) -> bytes | None:
         return found.get(_COOKIE.pack(cookie))
 
 
-def read_drops(bpffs: Path, cookie: int) -> Drops | None:
+def read_drops(bpffs: Path | str, cookie: int) -> Drops | None:
     """What was dropped of a pod since its enrolment; None where nothing guards it."""
     raw = _get(bpffs, DROPS, cookie)
     if raw is None:

@@ -187,9 +187,12 @@ def to_record(steps: Iterable[Step]) -> list[dict[str, Any]]:
     Their fields hold nothing to be converted, and a record is written a dozen times an enrolment:
     `dataclasses.asdict`, which copies deeply, would take longer than all that is recorded.
     """
-    return [
-        {"kind": s.kind, **{name: getattr(s, name) for name in _fields(type(s))}} for s in steps
-    ]
+    return [{"kind": s.kind, **values_of(s)} for s in steps]
+
+
+def values_of(one: Any) -> dict[str, Any]:
+    """The fields of a dataclass, as they are."""
+    return {name: getattr(one, name) for name in _fields(one.__class__)}
 
 
 @functools.cache

@@ -42,6 +42,7 @@ from pyambient.netns import Netns
 from .interface import Pod, Stage, step
 from .kernel_objects import Map
 from .node_pins import existing_map, node_map
+from .processes import members
 
 _ALWAYS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
 _SYS_PIDFD_GETFD: Final = 438  # on every architecture
@@ -122,11 +123,12 @@ class ProxyListeners:
 
     def alive(self) -> frozenset[int]:
         """The well-known ports that have a listener in the map: what the hooks go by."""
-        return frozenset(port for port, known in self._in_map(RESERVED_PORTS).items() if known)
+        in_map = self._in_map(RESERVED_PORTS, self._expected())
+        return frozenset(port for port, known in in_map.items() if known)
 
     def _needed(self) -> tuple[int, ...]:
         """What the hooks look for; a port that the proxy does not serve costs a search."""
-        gates = node_map(Path(self.bpffs), "dns_pods")
+        gates = node_map(self.bpffs, "dns_pods")
         if gates is None:
             return _ALWAYS
         with gates:
@@ -135,8 +137,9 @@ class ProxyListeners:
 
     def _lost(self, pod: Pod, ports: Iterable[int]) -> dict[int, list[Place]]:
         """All listeners of the well-known ports for which not all of them are in the map."""
-        in_map = self._in_map(ports)
-        absent = [port for port, known in in_map.items() if len(known) < self._expected()]
+        expected = self._expected()
+        in_map = self._in_map(ports, expected)
+        absent = [port for port, known in in_map.items() if len(known) < expected]
         if not absent:
             return {}
         held = held_sockets(_processes(self._proxies))
@@ -150,13 +153,13 @@ class ProxyListeners:
                 found[port].append(place)
         return {port: found[port] for port in absent if len(found[port]) > len(in_map[port])}
 
-    def _in_map(self, ports: Iterable[int]) -> dict[int, dict[int, bytes]]:
+    def _in_map(self, ports: Iterable[int], workers: int) -> dict[int, dict[int, bytes]]:
         """What is there of each port: {number of the worker: cookie of its listener}."""
-        listeners = node_map(Path(self.bpffs), "listeners")
+        listeners = node_map(self.bpffs, "listeners")
         if listeners is None:
             return {}
         with listeners:
-            return {port: self._known(listeners, port, self._expected()) for port in ports}
+            return {port: self._known(listeners, port, workers) for port in ports}
 
     def _known(self, listeners: Map, port: int, count: int) -> dict[int, bytes]:
         entries = {number: listeners.get(self._key(port, number)) for number in range(count)}
@@ -164,7 +167,7 @@ class ProxyListeners:
 
     def _expected(self) -> int:
         """How many workers the proxy has said it has."""
-        workers = node_map(Path(self.bpffs), "workers")
+        workers = node_map(self.bpffs, "workers")
         if workers is None:
             return 1
         with workers:
@@ -178,7 +181,7 @@ class ProxyListeners:
         return struct.pack("=QII", self.cookie, port, worker)
 
     def _map(self, name: str) -> Map:
-        return existing_map(Path(self.bpffs), name)
+        return existing_map(self.bpffs, name)
 
     @property
     def _proxies(self) -> Path:
@@ -206,7 +209,7 @@ class WorkerCount:
         return self
 
     def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the cookie is never used again
-        workers = node_map(Path(self.bpffs), "workers")
+        workers = node_map(self.bpffs, "workers")
         if workers is not None:
             with workers:
                 workers.delete(struct.pack("=Q", self.cookie))
@@ -217,11 +220,7 @@ class WorkerCount:
 
 def _processes(cgroup: Path) -> list[int]:
     """The processes in a cgroup and below it, the youngest last."""
-    pids: list[int] = []
-    for file in cgroup.rglob("cgroup.procs"):
-        with contextlib.suppress(OSError):
-            pids += map(int, file.read_text("ascii").split())
-    return sorted(pids, key=lambda pid: (_start_time(pid), pid))
+    return sorted(members(cgroup), key=lambda pid: (_start_time(pid), pid))
 
 
 def _start_time(pid: int) -> int:

@@ -32,12 +32,12 @@ def detach_pinned(pin: Path) -> None:
             link.detach()
 
 
-def node_map(bpffs: Path, name: str) -> Map | None:
+def node_map(bpffs: Path | str, name: str) -> Map | None:
     """A map of the node, or None where no pod is enrolled."""
-    return Map.open_pinned(bpffs / "node" / name)
+    return Map.open_pinned(f"{bpffs}/node/{name}")
 
 
-def existing_map(bpffs: Path, name: str) -> Map:
+def existing_map(bpffs: Path | str, name: str) -> Map:
     """A map of the node; PyambientError where it is gone."""
     found = node_map(bpffs, name)
     if found is None:
@@ -48,7 +48,7 @@ def existing_map(bpffs: Path, name: str) -> Map:
 def pinned_maps(directory: Path) -> Iterator[Map]:
     """Those of the node's maps that are pinned; whoever takes one closes it."""
     for name in ALL_MAPS:
-        pinned = Map.open_pinned(directory / name)
+        pinned = Map.open_pinned(f"{directory}/{name}")
         if pinned is not None:
             yield pinned
 
@@ -78,7 +78,7 @@ def _shared_program(directory: Path, shared: SharedProgram) -> int:
         return int.from_bytes(array.get(bytes(4)) or b"", sys.byteorder)
 
 
-def uses_pinned_maps(bpffs: Path, program: int) -> bool:
+def uses_pinned_maps(bpffs: Path | str, program: int) -> bool:
     """Whether a program works with the maps of the node that are pinned now, not with others."""
     for name, identifier in _node_maps_of(program):
         pinned = node_map(bpffs, name)

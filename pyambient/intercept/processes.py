@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +25,12 @@ class Process(NamedTuple):
 def processes_in(netns: Netns) -> Iterator[Process]:
     """The processes whose main thread is in the namespace."""
     mounts = list(_cgroup2_mounts())
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                status = (directory / "ns/net").stat()
-                if (status.st_dev, status.st_ino) == netns.key:
-                    cgroup = _cgroup(directory, mounts)
-                    yield Process(int(directory.name), _command(directory), cgroup)
+    for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - there may be thousands
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            status = os.stat(f"/proc/{name}/ns/net")  # noqa: PTH116 - as above
+            if (status.st_dev, status.st_ino) == netns.key:
+                directory = Path("/proc", name)
+                yield Process(int(name), _command(directory), _cgroup(directory, mounts))
 
 
 def _command(directory: Path) -> str:
@@ -42,10 +42,15 @@ def _command(directory: Path) -> str:
 def members(cgroup: Path) -> set[int]:
     """The processes in a cgroup and below it."""
     pids: set[int] = set()
-    for file in cgroup.rglob("cgroup.procs"):
+    for directory in sub_tree(cgroup):
         with contextlib.suppress(OSError):
-            pids.update(map(int, file.read_text("ascii").split()))
+            pids.update(map(int, (directory / "cgroup.procs").read_text("ascii").split()))
     return pids
+
+
+def sub_tree(cgroup: Path) -> Iterator[Path]:
+    """A cgroup and those below it; to look for files by a pattern would be to look at dozens."""
+    return (Path(directory) for directory, _, _ in os.walk(cgroup))
 
 
 def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:

@@ -12,7 +12,6 @@ import dataclasses
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Final, Self
 
 from .interface import Pod, Stage, Step, step
@@ -89,7 +88,7 @@ class SelectionEntry:
         return f"bpf map {NAME} += {self.direction}: {words}"
 
     def apply(self, pod: Pod) -> Self:  # noqa: ARG002 - the entry is found by its key alone
-        with existing_map(Path(self.bpffs), NAME) as selections, self._filled() as trie:
+        with existing_map(self.bpffs, NAME) as selections, self._filled() as trie:
             selections.put(self._key(), struct.pack("=I", trie.fd))
             return dataclasses.replace(self, trie=trie.identifier)
 
@@ -101,13 +100,13 @@ class SelectionEntry:
         )
 
     def undo(self, pod: Pod) -> None:  # noqa: ARG002 - the entry is found by its key alone
-        selections = node_map(Path(self.bpffs), NAME)
+        selections = node_map(self.bpffs, NAME)
         if selections is not None:
             with selections:
                 selections.delete(self._key())
 
     def missing(self, pod: Pod) -> str | None:  # noqa: ARG002 - as above
-        selections = node_map(Path(self.bpffs), NAME)
+        selections = node_map(self.bpffs, NAME)
         if selections is None:
             return f"the BPF map {NAME} is gone"
         with selections:

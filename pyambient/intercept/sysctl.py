@@ -7,6 +7,7 @@ pod is the file opened inside `Netns.entered()`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from .interface import Pod, Stage, step
 RESERVED = "net.ipv4.ip_local_reserved_ports"
 
 
+@functools.cache
 def path_of(name: str) -> Path:
     """The file of a sysctl, for whoever is in the namespace that it is about."""
     return Path("/proc/sys", *name.split("."))
@@ -29,9 +31,10 @@ def path_of(name: str) -> Path:
 
 def read(netns: Netns, name: str) -> str | None:
     """The value of the sysctl in the namespace; None if this kernel or namespace lacks it."""
+    path = path_of(name)
     with netns.entered():
         try:
-            return path_of(name).read_text("ascii").strip()
+            return path.read_text("ascii").strip()
         except FileNotFoundError:
             return None
 

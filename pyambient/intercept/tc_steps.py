@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Final
 
 from .bpf_steps import CapturedBy, DnsGate, Gate, NodeStep
@@ -42,7 +41,7 @@ class _Redirecting(DeviceProgram):
     def loaded(self, pod: Pod) -> Iterator[int]:
         constants = Constants(self.cookie, is_ethernet=self.is_ethernet(pod))
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(existing_map(Path(self.bpffs), n)) for n in _SHARED]
+            opened = [stack.enter_context(existing_map(self.bpffs, n)) for n in _SHARED]
             shared = {found.name: found for found in opened}
             objects = stack.enter_context(load("redirect", constants, shared))
             yield objects.program_fd(self.place.program)
