@@ -12,6 +12,7 @@ import trio
 
 from pyambient.errors import UsageError
 from pyambient.intercept.interface import Pod
+from pyambient.intercept.kernel_objects import Link
 from pyambient.intercept.options import CaptureOptions
 from pyambient.model.spiffe import SpiffeId
 from pyambient.model.workload import PodRef
@@ -103,7 +104,7 @@ class Enrolled:
     freeing of this one pod apart. `switched` is set when its backend was exchanged. `seen` is the
     fingerprint with which all its steps were last found in place, `seen_on_node` the node's with
     which those there were; `repairs` counts by kind what was not. `leaks` is what is known of its
-    guards.
+    guards. `places` is what was reserved for its enrolment.
     """
 
     record: Record
@@ -115,6 +116,7 @@ class Enrolled:
     seen_on_node: bytes = b""
     repairs: Counter[str] = field(default_factory=Counter)
     leaks: Leaks = field(default_factory=Leaks)
+    places: dict[str, Link] = field(default_factory=dict)
 
     @classmethod
     def opened(cls, request: EnrolRequest) -> Self:
@@ -139,7 +141,7 @@ class Enrolled:
     @property
     def target(self) -> Pod:
         """The pod as interception sees it."""
-        return Pod(self.uid, self.netns)
+        return Pod(self.uid, self.netns, self.places)
 
     @property
     def details(self) -> PodDetails:

@@ -15,8 +15,8 @@ a file from which any process can undo what was done (`free`, with no agent at a
 
 The kernel's part is synchronous code that enters the pod's network namespace with a thread; it
 runs in trio's worker threads, one at a time, because the loader and the netlink sockets behind it
-are not made for more. What has no effect before the gate and takes long (`Reserving`) goes beside
-it. Waiting for a proxy or for a drain holds up only its own pod.
+are not made for more. What has no effect and takes long (`reserve`) goes beside all that. Waiting
+for a proxy or for a drain holds up only its own pod.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pyambient.observe.logs import get_logger
 from .config import AgentSettings
 from .enrolled import Enrolled, EnrolRequest
 from .existing import check_choice, end_existing, end_older_queries, note_existing
-from .interception import apply_recorded, make_plan, planned, reserve, write
+from .interception import apply_recorded, give_up_places, make_plan, planned, reserve, write
 from .kernel import KernelQueue, beside
 from .locate import record_of
 from .proxies import Proxies
@@ -51,7 +51,6 @@ from .zds_server import NoProxy
 
 _PREPARING: Final = (Stage.PREPARE,)
 _DELIVERING: Final = (Stage.APPLY, Stage.STEER)
-_GATING: Final = (Stage.GATE,)
 _STEERING: Final = (Stage.STEER, Stage.GATE)
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _ROLLBACK_TIMEOUT: Final = 30.0
@@ -157,19 +156,25 @@ class Enrolments:
         plan = await self._kernel.run(
             make_plan, enrolled.target, record.backend, site, record.options
         )
-        self._write(enrolled, planned(record, plan, site))
-        await self.relocation.tell(enrolled)
-        await self._apply(enrolled, _PREPARING)
-        async with beside(partial(reserve, enrolled)):
+        async with beside(partial(reserve, enrolled.target, plan)):
+            self._write(enrolled, planned(record, plan, site))
+            await self.relocation.tell(enrolled)
+            await self._apply(enrolled, _PREPARING)
             pid = await self._proxies.start(
                 enrolled.record.pod, enrolled.netns, enrolled.details, self._settings.proxy_timeout
             )
             self._check_proxy(pid, plan.backend)
             await self._apply(enrolled, _DELIVERING)
-        await self._apply(enrolled, _GATING)
-        await self._end_older_queries(enrolled)
-        noted = await self._kernel.run(note_existing, enrolled, site.proxy_cgroup)
+        noted = await self._kernel.run(self._set_gate, enrolled)
         self._write(enrolled, noted.changed(state=State.ENROLLED))
+
+    def _set_gate(self, enrolled: Enrolled) -> Record:
+        """The record with what the pod has from before the gate."""
+        proxy_cgroup = self._settings.site.proxy_cgroup
+        gates = [step for step in enrolled.record.steps if step.stage is Stage.GATE]
+        apply_recorded(enrolled, gates, self._store)
+        end_older_queries(enrolled, proxy_cgroup)
+        return note_existing(enrolled, proxy_cgroup)
 
     async def _end_older_queries(self, enrolled: Enrolled) -> None:
         proxy_cgroup = self.upkeep.site_of(enrolled.record).proxy_cgroup
@@ -196,6 +201,7 @@ class Enrolments:
         deadline = trio.current_time() + _ROLLBACK_TIMEOUT
         with trio.CancelScope(shield=True, deadline=deadline):
             try:
+                await trio.to_thread.run_sync(give_up_places, enrolled)
                 await self._free(enrolled, drain_timeout=0)
             except (PyambientError, OSError) as error:
                 reason = str(error)

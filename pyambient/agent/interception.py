@@ -17,6 +17,7 @@ from pyambient.errors import PyambientError
 from pyambient.intercept import probe
 from pyambient.intercept.bpf_node import NodePrograms
 from pyambient.intercept.choose import choose
+from pyambient.intercept.egress_guard import EgressGuard
 from pyambient.intercept.fingerprint import (
     fingerprint,
     node_fingerprint,
@@ -28,7 +29,6 @@ from pyambient.intercept.interface import (
     Plan,
     Pod,
     PodNetwork,
-    Reserving,
     Restoring,
     Site,
     Stage,
@@ -114,12 +114,21 @@ def _stage(step: Step) -> Stage:
     return step.stage
 
 
-def reserve(enrolled: Enrolled) -> None:
-    """Begin with what takes long of the steps that come last."""
-    for step in enrolled.record.steps:
-        if step.stage is Stage.GATE and isinstance(step, Reserving):
+def reserve(pod: Pod, plan: Plan) -> None:
+    """Begin with what takes long of the steps that come last.
+
+    Nothing of it is to be undone after a crash, so it is in no record.
+    """
+    for step in plan.steps:
+        if isinstance(step, EgressGuard):
             with contextlib.suppress(PyambientError, OSError):
-                step.reserve(enrolled.target)
+                step.reserve(pod)
+
+
+def give_up_places(enrolled: Enrolled) -> None:
+    """End what was reserved for an enrolment that failed; it takes as long as to reserve it."""
+    while enrolled.places:
+        enrolled.places.popitem()[1].close()
 
 
 def observed(pod: Pod, step: Step) -> Step:

@@ -94,6 +94,8 @@ class Upkeep:
 
     async def existing(self, enrolled: Enrolled) -> int:
         """How many connections from before still live."""
+        if not enrolled.record.existing:
+            return 0
         return await self._kernel.run(count_existing, enrolled.record, enrolled.netns)
 
     async def clear_dead_traces(self) -> None:

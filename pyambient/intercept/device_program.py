@@ -8,8 +8,9 @@ nobody else had made it. Which of the two this kernel takes is found by trying.
 
 The kernel takes a while to attach by tcx: it waits until no CPU is still at the programs from
 before (an RCU grace period, several milliseconds). To exchange a link's program it waits for
-nothing. So the place can be reserved early, by a program that lets everything pass, while other
-steps are applied; to apply the step is to exchange that one.
+nothing. So the place can be reserved early, by a program that lets everything pass, while all else
+is applied; to apply the step is to pin that link and exchange its program. Until then
+nothing but this process holds it.
 
 Several of our programs may sit at one hook, and their order counts. A `rank` says it: with clsact
 it is the filter's priority. With tcx the first rank goes ahead of whatever is there, the others to
@@ -133,18 +134,29 @@ class DeviceProgram(ABC):
         return dataclasses.replace(self, index=index, by_filter=False)
 
     def reserve(self, pod: Pod) -> None:
-        """Take the place by tcx, where this kernel has that, with a program that does nothing."""
-        if self._pin(pod).exists():
+        """Take the place by tcx, where this kernel has that, with a program that does nothing.
+
+        The link is in the pod's `places` then.
+        """
+        pin = self._pin(pod)
+        if pin.exists():
             return
         program = _bystander()
         try:
-            self._link(pod, program, self._current_index(pod))
+            link = self._attach(pod, program, self._current_index(pod))
         finally:
             os.close(program)
+        if link is not None:
+            pod.places[pin.name] = link
 
     def _held(self, pod: Pod, index: int) -> Link | None:
-        """The link that holds the place on this very device, whatever runs there."""
-        link = Link.open_pinned(self._pin(pod))
+        """The link that holds the place on this very device, whatever runs there; it is pinned."""
+        pin = self._pin(pod)
+        link = pod.places.pop(pin.name, None)
+        if link is None:
+            link = Link.open_pinned(pin)
+        else:
+            link.pin(pin)
         if link is None:
             return None
         if link.info().target == index:
@@ -197,18 +209,23 @@ class DeviceProgram(ABC):
         return lo_filter.program_at(self._netns(pod), index, self.place.rank, egress=egress)
 
     def _link(self, pod: Pod, program: int, index: int) -> bool:
-        """Attach by tcx; False where this kernel has none."""
-        first = self.place.rank == 1
-        try:
-            with self._netns(pod).entered():
-                link = Link.create(program, index, self.place.direction.tcx, first=first)
-        except OSError as error:
-            if error.errno in _NO_TCX:
-                return False
-            raise
+        """Attach by tcx, to stay; False where this kernel has none."""
+        link = self._attach(pod, program, index)
+        if link is None:
+            return False
         with link:
             link.pin(self._pin(pod))
         return True
+
+    def _attach(self, pod: Pod, program: int, index: int) -> Link | None:
+        first = self.place.rank == 1
+        try:
+            with self._netns(pod).entered():
+                return Link.create(program, index, self.place.direction.tcx, first=first)
+        except OSError as error:
+            if error.errno in _NO_TCX:
+                return None
+            raise
 
     def is_ethernet(self, pod: Pod) -> bool:
         """Whether the device puts an Ethernet header before its packets.

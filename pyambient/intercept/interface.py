@@ -26,7 +26,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -34,6 +34,7 @@ from pyambient.errors import PyambientError
 from pyambient.model.ports import WELL_KNOWN, Ports
 from pyambient.netns import Netns
 
+from .kernel_objects import Link
 from .options import DEFAULTS, CaptureOptions
 
 
@@ -106,10 +107,14 @@ class PodNetwork:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod's open network namespace and the uid its state is kept under."""
+    """A pod's open network namespace and the uid its state is kept under.
+
+    `places` are those on its devices that are reserved (`device_program`), by name.
+    """
 
     uid: str
     netns: Netns
+    places: dict[str, Link] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Step(Protocol):
@@ -153,18 +158,6 @@ class Replacing(Protocol):
 
     def takes_over(self, earlier: Step) -> bool:
         """Whether `earlier`, which is in place, is ended by applying this one."""
-
-
-@runtime_checkable
-class Reserving(Protocol):
-    """A step of the stage GATE of which a part takes long, and can be done beside stages before it.
-
-    That part has no effect yet. What fails there is no matter: `apply` then does all of it, and
-    says what is wrong.
-    """
-
-    def reserve(self, pod: Pod) -> None:
-        """Do that part; `undo` takes it away."""
 
 
 def is_of_node(step: Step) -> bool:

@@ -64,9 +64,6 @@ class NodeGuard(DeviceProgram):
             objects = stack.enter_context(load("guard_node", constants, shared))
             yield objects.program_fd(self.place.program)
 
-    def reserve(self, pod: Pod) -> None:
-        """Nothing: to find the device takes as long."""
-
     def _netns(self, pod: Pod) -> Netns:  # noqa: ARG002 - the same for every pod
         return _node()
 

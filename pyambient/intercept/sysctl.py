@@ -105,7 +105,8 @@ class ReservedPorts:
 
     def observed(self, pod: Pod) -> Self:
         absent = set(self.ports) - _parse_ports(_read_existing(pod, RESERVED))
-        return dataclasses.replace(self, added=tuple(sorted(absent | set(self.added))))
+        added = tuple(sorted(absent | set(self.added)))
+        return self if added == self.added else dataclasses.replace(self, added=added)
 
     def apply(self, pod: Pod) -> Self:
         observed = self.observed(pod)

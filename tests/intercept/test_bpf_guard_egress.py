@@ -113,21 +113,28 @@ def test_a_reserved_place_is_no_guard_until_it_is_applied(mesh, pods, family):
     """What holds the place meanwhile is like a lost guard, and exchanged for the real one."""
     a, _, outside = pods
     (guard,) = guards(mesh, a)
-    guard.undo(target(a))
-    guard.reserve(target(a))
-    assert guard.missing(target(a)) == "no guard on eth0"
-    assert guard.apply(target(a)).missing(target(a)) is None
+    pod = target(a)
+    guard.undo(pod)
+    guard.reserve(pod)
+    assert guard.missing(pod) == "no guard on eth0"
+    assert guard.apply(pod).missing(pod) is None
+    assert pod.places == {}
     able, there = marking(a), at(outside, family)
     with serve(outside), pytest.raises(TimeoutError):
         a.run(change_mark_and_send, there, PROXY_MARK, capabilities=able)
 
 
-def test_what_is_reserved_leaves_with_the_rest(mesh, pods):
-    """An enrolment that ends between the two leaves nothing: the fixture looks."""
+def test_what_is_reserved_leaves_with_who_reserved_it(mesh, pods, by_filter):
+    """Nothing is pinned yet, so an agent that is killed leaves nothing: the fixture looks."""
     a = pods[0]
     (guard,) = guards(mesh, a)
-    guard.undo(target(a))
-    guard.reserve(target(a))
+    pod = target(a)
+    guard.undo(pod)
+    guard.reserve(pod)
+    assert guard.missing(pod) == "no guard on eth0"
+    assert list(pod.places) == ([] if by_filter else ["guard-eth0"])
+    for link in pod.places.values():
+        link.close()
 
 
 def test_a_device_that_comes_later_is_guarded_too(bed, mesh, pods):
