@@ -33,6 +33,7 @@ from pyambient.intercept.interface import Stage
 from pyambient.intercept.options import CLOSE
 from pyambient.intercept.processes import members
 from pyambient.intercept.runner import StepFailed, undo_stages
+from pyambient.model.backends import WITH_PROGRAMS
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 
@@ -187,7 +188,7 @@ class Enrolments:
     def _check_proxy(self, pid: int, backend: str) -> None:
         """The BPF programs know the proxy's sockets by the cgroup they were made in."""
         cgroup = self._settings.site.proxy_cgroup
-        if backend in ("bpf", "tc") and cgroup is not None and pid not in members(cgroup):
+        if backend in WITH_PROGRAMS and cgroup is not None and pid not in members(cgroup):
             raise PyambientError(
                 f"the proxy (pid {pid}) is not in its cgroup {cgroup}",
                 "start it with 'pyambient proxy' and the same --cgroup as the agent",

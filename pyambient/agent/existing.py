@@ -18,6 +18,7 @@ from pyambient.intercept import existing
 from pyambient.intercept.existing import cgroups_of, existing_connections
 from pyambient.intercept.options import CLOSE, KEEP
 from pyambient.intercept.socket_diag import Socket, end, refuse_unable
+from pyambient.model.backends import WITH_PROGRAMS
 from pyambient.model.numbers import MARK_MASK, PROXY_MARK
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
@@ -26,7 +27,6 @@ from .enrolled import Enrolled
 from .records import Record
 
 _DNS_GATE: Final = "bpf-dns-gate"
-_BY_CGROUP: Final = frozenset(("bpf", "tc"))
 _log = get_logger("existing")
 
 
@@ -76,7 +76,7 @@ def _living(record: Record, netns: Netns) -> list[Socket]:
 
 def _of_apps(found: Collection[Socket], backend: str, proxies: frozenset[int]) -> list[Socket]:
     """Those that are not the proxy's: with `bpf` and `tc` no mark tells that."""
-    trusts_mark = backend not in _BY_CGROUP
+    trusts_mark = backend not in WITH_PROGRAMS
 
     def is_proxys(one: Socket) -> bool:
         return one.cgroup in proxies or (trusts_mark and one.mark & MARK_MASK == PROXY_MARK)

@@ -34,6 +34,7 @@ from pyambient.intercept.interface import Plan, Replacing, Site, Stage, Step
 from pyambient.intercept.options import CaptureOptions
 from pyambient.intercept.preflight import preflight
 from pyambient.intercept.runner import StepFailed, lost, undo_stages
+from pyambient.model.backends import NETFILTER
 from pyambient.observe.logs import get_logger
 
 from .config import AgentSettings
@@ -46,7 +47,6 @@ from .retry import until_done
 
 _FOUNDATION: Final = (Stage.PREPARE, Stage.APPLY)
 _STEERING: Final = (Stage.STEER, Stage.GATE)
-NETFILTER: Final = frozenset(("nftables", "iptables"))
 _log = get_logger("switch")
 
 

@@ -20,6 +20,7 @@ from pyambient.errors import PyambientError, UsageError
 from pyambient.intercept.bpf_steps import OwnAddress
 from pyambient.intercept.trace_event import Event
 from pyambient.intercept.trace_reader import TraceReader
+from pyambient.model.backends import WITH_PROGRAMS
 
 from .config import RunDir
 from .locate import record_of
@@ -30,7 +31,6 @@ _BEAT: Final = 1.0
 _MOST_AT_ONCE: Final = 1000
 # A command that runs for days meets many pods that are gone by now.
 MOST_NAMES: Final = 4096
-_TRACED: Final = frozenset(("bpf", "tc"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _changed(path: Path) -> int:
 
 def place_of(record: Record) -> tuple[Path, int] | None:
     """Where the maps of its programs are, and the cookie it has there; None without programs."""
-    if record.backend in _TRACED:
+    if record.backend in WITH_PROGRAMS:
         for step in record.steps:
             if isinstance(step, OwnAddress):
                 return (Path(step.bpffs), step.cookie)
@@ -134,7 +134,7 @@ class Trace:
 
     def untraced(self) -> list[str]:
         """The pods whose backend tells nothing."""
-        return [str(r.pod) for r in self._names.records if r.backend not in _TRACED]
+        return [str(r.pod) for r in self._names.records if r.backend not in WITH_PROGRAMS]
 
     def attach(self) -> bool:
         """Begin, unless no pod is there that has programs; PyambientError if too many read.

@@ -14,7 +14,7 @@ import click
 
 from pyambient.agent.config import AgentSettings
 from pyambient.errors import PyambientError
-from pyambient.intercept.options import BACKENDS
+from pyambient.model.backends import BACKENDS, WITH_PROGRAMS
 
 from .options import (
     cgroup_option,
@@ -112,7 +112,7 @@ def _bpf(cgroup: Path | None) -> Iterator[Finding]:
     from pyambient.intercept.mounts import try_bpffs  # noqa: PLC0415 - not for --help
     from pyambient.intercept.probe import probe  # noqa: PLC0415 - not for --help
 
-    for backend in ("bpf", "tc"):
+    for backend in WITH_PROGRAMS:
         for feature in probe(cgroup, backend):
             yield Finding(
                 backend,

@@ -10,7 +10,8 @@ import click
 from pyambient.agent.client import ask
 from pyambient.agent.config import AgentSettings, RunDir
 from pyambient.agent.locate import path_of
-from pyambient.intercept.options import BACKENDS, CLOSE, KEEP
+from pyambient.intercept.options import CLOSE, KEEP
+from pyambient.model.backends import BACKENDS
 
 from .capture import capture_options
 from .options import (

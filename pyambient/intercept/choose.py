@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from pyambient.errors import PyambientError, UsageError
+from pyambient.model.backends import BACKENDS
 from pyambient.netns import Netns
 
 from . import probe, scratch
@@ -14,7 +15,7 @@ from .bpf import Bpf
 from .interface import Interceptor, Site
 from .iptables import Iptables
 from .nftables import Nftables
-from .options import BACKENDS, DEFAULTS, CaptureOptions
+from .options import DEFAULTS, CaptureOptions
 from .preflight import check_cgroup
 from .tc import Tc
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyambient.model.address import SocketAddress, is_loopback
+from pyambient.model.backends import NETFILTER
 from pyambient.model.explained import End, Explanation, Finding, Outcome, Ruled
 from pyambient.model.numbers import (
     DNS_PORT,
@@ -29,7 +30,6 @@ from pyambient.model.ports import WELL_KNOWN, Ports
 from .options import CaptureOptions
 from .selection import Ruling, Selection
 
-_NETFILTER: Final = frozenset(("iptables", "nftables"))
 _PROBES: Final = (PROBE_ADDRESS_V4, PROBE_ADDRESS_V6)
 
 
@@ -60,7 +60,7 @@ class Interception:
 
     @property
     def netfilter(self) -> bool:
-        return self.backend in _NETFILTER
+        return self.backend in NETFILTER
 
     @property
     def at_devices(self) -> bool:

@@ -12,8 +12,6 @@ from pyambient.errors import UsageError
 
 from .selection import EVERYTHING, Selection
 
-# In the order in which "auto" prefers them.
-BACKENDS: Final = ("bpf", "tc", "nftables", "iptables")
 # A name that the kernel takes (15 characters), and that no list or rule reads in another way.
 _DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MOST_DEVICES: Final = 16

@@ -25,6 +25,7 @@ import trio
 from pyambient.engine.accept import Listener
 from pyambient.identity.certificate import IdentityError
 from pyambient.mesh.authorize import authorize
+from pyambient.model.backends import NETFILTER
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
@@ -40,7 +41,7 @@ from .neighbours import Neighbours
 from .outbound import Outbound
 from .plaintext import Plaintext
 from .pool import Pool
-from .worker import NETFILTER_BACKENDS, PodScope, Worker
+from .worker import PodScope, Worker
 
 _log = get_logger("pods")
 # What an agent that knows no details gets, as in ztunnel: connections end this long after Del.
@@ -109,7 +110,7 @@ class Pod:
     def describe(self, details: PodDetails) -> None:
         """How the pod is intercepted has changed."""
         before, self.scope.details = self.scope.details, details
-        if (before.backend in NETFILTER_BACKENDS) != self.scope.netfilter:
+        if (before.backend in NETFILTER) != self.scope.netfilter:
             for listener in self._listeners:
                 listener.set_mark(sockets.listener_mark(netfilter=self.scope.netfilter))
             self._stop_forwarding()

@@ -19,6 +19,7 @@ from pyambient.identity.certificate import Certificate, IdentityError
 from pyambient.identity.context import Contexts
 from pyambient.identity.store import CertificateStore
 from pyambient.mesh.view import MeshView
+from pyambient.model.backends import NETFILTER
 from pyambient.model.numbers import (
     ANSWER_TIMEOUT,
     CONNECT_TIMEOUT,
@@ -37,7 +38,6 @@ from .budgets import Budgets, Limits, PodBudget
 from .dns.budget import Budget
 from .sockets import Stock
 
-NETFILTER_BACKENDS = frozenset(("iptables", "nftables"))
 _SHORTAGE_PAUSE = 0.1
 _HTTP2 = LocalSettings()
 
@@ -148,7 +148,7 @@ class PodScope:
 
     @property
     def netfilter(self) -> bool:
-        return self.details.backend in NETFILTER_BACKENDS
+        return self.details.backend in NETFILTER
 
     @property
     def loops(self) -> tuple[int, ...]:

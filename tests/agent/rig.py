@@ -27,13 +27,13 @@ from pyambient.agent.records import Record, RecordStore
 from pyambient.errors import PyambientError
 from pyambient.intercept.interface import Pod, Stage, Step
 from pyambient.intercept.runner import ALL_STAGES
+from pyambient.model.backends import NETFILTER
 from pyambient.model.ports import WELL_KNOWN
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.observe.logs import configure
 from pyambient.proxy import sockets
 from pyambient.proxy.details_client import serve_details
-from pyambient.proxy.worker import NETFILTER_BACKENDS
 from pyambient.proxy.zds_client import serve_zds
 from pyambient.zds.details import Explain, PodDetails
 from tests.bed import Bed, BedPod, Channel, Child
@@ -307,7 +307,7 @@ class _SmallProxy:
             backend, ports = "iptables", WELL_KNOWN
             if pod.uid in self._details:
                 backend, ports = self._details[pod.uid].backend, self._details[pod.uid].ports
-            netfilter = backend in NETFILTER_BACKENDS
+            netfilter = backend in NETFILTER
             self._listeners[pod.uid] = [
                 sockets.listener(netns, port, netfilter=netfilter) for port in ports.loops
             ]

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyambient.cli.main import cli
-from pyambient.intercept.options import BACKENDS
+from pyambient.model.backends import BACKENDS
 from tests.bed import Bed, BedPod, Mesh, apps, changes, kernel_state
 
 IDENTITY = ["--namespace=default", "--service-account=shop"]

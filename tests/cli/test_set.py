@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from pyambient.cli.main import cli
-from pyambient.intercept.options import BACKENDS, CaptureOptions
+from pyambient.intercept.options import CaptureOptions
 from pyambient.model.address import SocketAddress
+from pyambient.model.backends import BACKENDS
 from tests.bed import Bed, Mesh, apps, changes, kernel_state
 
 IDENTITY = ["--namespace=default", "--service-account=shop"]

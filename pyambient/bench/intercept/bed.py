@@ -23,6 +23,7 @@ from pyambient.intercept.interface import Interceptor, Pod, Site, Stage, Step
 from pyambient.intercept.options import DEFAULTS, CaptureOptions
 from pyambient.intercept.selection import Cidr, Selection
 from pyambient.intercept.survey import survey
+from pyambient.model.backends import WITH_PROGRAMS
 from pyambient.netns import Netns
 
 from .crowd import Crowd
@@ -30,7 +31,6 @@ from .work import BOTH, CLIENT, OTHERS, SERVER, Cell
 
 _CLIENT_IPS: Final = {"v4": "10.99.0.2", "v6": "fd99::2"}
 _SERVER_IPS: Final = {"v4": "10.99.0.3", "v6": "fd99::3"}
-_STEERING: Final = frozenset({"bpf", "tc"})
 _NULL_PROXIES: Final = {"bpf": "steered", "tc": "turned"}
 _CAPTURING = (Stage.APPLY, Stage.STEER, Stage.GATE)
 # A table of its own for each pod: the TIME_WAITs of others slow down the search for a free port
@@ -133,7 +133,7 @@ class Bed:
     @property
     def steers(self) -> bool:
         """Whether connections keep their addresses; the other backends translate them."""
-        return self.backend in _STEERING
+        return self.backend in WITH_PROGRAMS
 
     @property
     def null_proxy(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from pyambient.bench.rounds import Results
-from pyambient.intercept.options import BACKENDS
+from pyambient.model.backends import BACKENDS
 
 from .figures import (
     QUERY,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
 from pyambient.bench.rounds import Results, Sample
-from pyambient.intercept.options import BACKENDS
+from pyambient.model.backends import BACKENDS
 
 from .work import (
     BULK,

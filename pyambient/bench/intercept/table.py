@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pyambient.bench.markdown import number, table
 from pyambient.bench.rounds import Results
-from pyambient.intercept.options import BACKENDS
+from pyambient.model.backends import BACKENDS
 
 from .bars import BARS
 from .figures import (
