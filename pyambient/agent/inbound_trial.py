@@ -10,7 +10,6 @@ nothing is answered, and no connection begins.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import socket
 import struct
@@ -21,11 +20,11 @@ from typing import Final
 
 from pyambient.intercept.ctnetlink import Conntrack, Flow
 from pyambient.intercept.node_guard import peer_index
+from pyambient.intercept.socket_diag import Socket, find
 from pyambient.model.address import SocketAddress
 from pyambient.netns import Netns
 
 from .departures import TARGETS
-from .sockdiag import Listener, SocketDiagnosis
 
 _CLIENT_PORT: Final = 33333
 _SIOCGIFHWADDR: Final = 0x8927
@@ -59,11 +58,12 @@ class Entrance:
         return SocketAddress(TARGETS[self.family].ip, _CLIENT_PORT)
 
 
-def listener_of(entrance: Entrance, port: int) -> Listener | None:
+def listener_of(entrance: Entrance, port: int) -> Socket | None:
     """Who would get a client's connection to this port of the entrance, netfilter aside."""
-    with entrance.netns.entered(), contextlib.closing(SocketDiagnosis()) as diagnosis:
+    with entrance.netns.entered():
         device = socket.if_nametoindex(entrance.device)
-        return diagnosis.listener(SocketAddress(entrance.ip, port), entrance.client, device)
+    found = find(entrance.netns, SocketAddress(entrance.ip, port), entrance.client, device)
+    return found if found is not None and found.listens else None
 
 
 def steered(entrance: Entrance, own: SocketAddress, listener: int) -> str:

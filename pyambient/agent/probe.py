@@ -12,7 +12,6 @@ query was answered although no device has sent it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -23,13 +22,13 @@ import time
 from pathlib import Path
 from typing import Final
 
+from pyambient.intercept.socket_diag import is_connected
 from pyambient.model.address import SocketAddress, from_sockaddr
 from pyambient.model.ports import Ports
 from pyambient.netns import Netns
 
 from .departures import TARGETS, Departures
 from .probe_dns import ask_by_tcp, ask_by_udp, redirected_to
-from .sockdiag import SocketDiagnosis
 
 NOBODY: Final = 65534
 _ATTEMPTS: Final = 3
@@ -39,9 +38,7 @@ _PATIENCE: Final = 0.5
 
 def connect(target: SocketAddress, ports: Ports) -> str:
     """Open a connection; why it was not captured, empty if it was."""
-    diagnosis = SocketDiagnosis()
-    client = socket.socket(target.family, socket.SOCK_STREAM)
-    with client, contextlib.closing(diagnosis):
+    with socket.socket(target.family, socket.SOCK_STREAM) as client:
         client.setblocking(False)
         # Closed by a reset: the proxy has nothing to finish for us, and no drain waits for it.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
@@ -52,7 +49,7 @@ def connect(target: SocketAddress, ports: Ports) -> str:
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
             ends = (target, redirected_to(target, ports.outbound))
-            if any(diagnosis.connected(end, own) for end in ends):
+            if any(is_connected(end, own) for end in ends):
                 return ""
             if code := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 return f"the connection to {target} failed: {os.strerror(code)}"

@@ -6,7 +6,6 @@ nothing on; the question is the root's, which tells nobody anything.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import socket
@@ -14,11 +13,10 @@ from collections.abc import Callable
 from typing import Final
 
 from pyambient.dns.framing import Frames, framed
+from pyambient.intercept.socket_diag import is_connected
 from pyambient.model.address import SocketAddress, from_sockaddr
 from pyambient.model.numbers import RESOLVER_PORT
 from pyambient.model.ports import Ports
-
-from .sockdiag import SocketDiagnosis
 
 _QUESTION: Final = b"\0\0\1\0\1"  # the root, A, IN
 _TWO_QUESTIONS: Final = b"\0\0\0\2\0\0\0\0\0\0" + 2 * _QUESTION
@@ -77,9 +75,8 @@ def _exchange_frames(
 
 def _is_captured(client: socket.socket, resolver: SocketAddress, ports: Ports) -> bool:
     own = from_sockaddr(client.getsockname())
-    with contextlib.closing(SocketDiagnosis()) as diagnosis:
-        ends = (resolver, redirected_to(resolver, ports.dns))
-        return any(diagnosis.connected(end, own) for end in ends)
+    ends = (resolver, redirected_to(resolver, ports.dns))
+    return any(is_connected(end, own) for end in ends)
 
 
 def _receive(client: socket.socket) -> bytes:

@@ -10,11 +10,9 @@ from typing import Final
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
-from .listeners import held_sockets
-from .processes import processes_in
+from .processes import holding, named
 from .socket_diag import DiagnosisRefused, sockets_from
 
-_MOST_NAMED: Final = 3
 _UNKNOWN: Final = "somebody"
 _PROTOCOLS: Final = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 
@@ -33,13 +31,7 @@ def _holders(netns: Netns, port: int) -> str:
     inodes = set(_inodes(netns, port))
     if inodes == {0}:
         return "connections that have just ended"
-    names = [
-        str(process)
-        for process in processes_in(netns)
-        if not inodes.isdisjoint(held_sockets([process.pid]))
-    ]
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "") or _UNKNOWN
+    return named(dict.fromkeys(process for process, _ in holding(netns, inodes))) or _UNKNOWN
 
 
 def _inodes(netns: Netns, port: int) -> Iterator[int]:

@@ -7,15 +7,14 @@ as well. What they are good for is a name in the log, next to what the guard on 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pyambient.netns import Netns
 
-from .processes import processes_in
+from .processes import holding
 
 _NET: Final = Path("/proc/thread-self/net")
 _MOST_SOCKETS: Final = 1024
@@ -45,20 +44,7 @@ def observations(netns: Netns) -> Observations:
 
 def holders(netns: Netns, inodes: Collection[int]) -> Mapping[int, str]:
     """Which process of the pod has which of these sockets; none for what others hold."""
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    return {
-        wanted[link]: str(process)
-        for process in processes_in(netns)
-        for link in _links(process.pid)
-        if link in wanted
-    }
-
-
-def _links(pid: int) -> Iterator[str]:
-    with contextlib.suppress(OSError):  # it ended meanwhile
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                yield str(fd.readlink())
+    return {inode: str(process) for process, inode in holding(netns, inodes)}
 
 
 def _lines(path: Path) -> list[list[str]]:

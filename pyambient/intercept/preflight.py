@@ -20,7 +20,7 @@ from .iptables_tools import legacy_tables, tool
 from .mounts import is_on
 from .nf_tables import NFPROTO_UNSPEC, chains
 from .nft_rules import TABLE
-from .processes import Process, processes_in
+from .processes import named, processes_in
 from .programs import run
 from .survey import ipv6_devices
 from .sysctl import read
@@ -101,15 +101,9 @@ def check_cgroup(netns: Netns, site: Site) -> None:
     ]
     if outside:
         raise PyambientError(
-            f"processes of {netns.name} are outside --cgroup {site.cgroup}: {_named(outside)}",
+            f"processes of {netns.name} are outside --cgroup {site.cgroup}: {named(outside)}",
             "give a --cgroup that holds them too, or use --backend tc",
         )
-
-
-def _named(processes: Iterable[Process]) -> str:
-    names = [str(process) for process in processes]
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_chains(netns: Netns, backend: str, recorded: Collection[str]) -> None:

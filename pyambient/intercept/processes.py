@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pyambient.netns import Netns
+
+_NAMED_AT_MOST: Final = 5
 
 
 class Process(NamedTuple):
@@ -39,6 +41,28 @@ def _command(directory: Path) -> str:
     return "".join(character if character.isprintable() else "?" for character in name)
 
 
+def holding(netns: Netns, inodes: Collection[int]) -> Iterator[tuple[Process, int]]:
+    """Which processes of the namespace have which of these sockets; none for what others hold."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for process in processes_in(netns):
+        for link in frozenset(_descriptors(process.pid)) & wanted.keys():
+            yield process, wanted[link]
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                yield str(fd.readlink())
+
+
+def named(processes: Iterable[Process]) -> str:
+    """For a line: a few of them, and how many more there are."""
+    names = [str(process) for process in processes]
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
 def members(cgroup: Path) -> set[int]:
     """The processes in a cgroup and below it."""
     pids: set[int] = set()
@@ -58,7 +82,7 @@ def _cgroup2_mounts() -> Iterator[tuple[Path, Path]]:
     for line in _lines(Path("/proc/self/mountinfo")):
         fields, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
-            _, _, _, root, mount_point, *_ = fields.split()
+            _, _, _, root, mount_point, *_ = fields.split(" ")
             yield Path(root), Path(mount_point)
 
 

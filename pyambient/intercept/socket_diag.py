@@ -7,6 +7,7 @@ the same addresses meanwhile is ended in its place.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyambient.errors import UnsupportedFeature
-from pyambient.model.address import canonical_ip
+from pyambient.model.address import SocketAddress, canonical_ip, packed_ip
 from pyambient.netns import Netns
 
 from .netlink_socket import NetlinkSocket, attributes_of
@@ -28,13 +29,19 @@ _SOCK_DESTROY: Final = 21
 _REQUEST_V2: Final = struct.Struct("=BBBxI48s")
 # inet_diag_sockid: ports and addresses in network order, device, cookie.
 _IDENTITY_SIZE: Final = 48
+_ADDRESS_SIZE: Final = 16
 _TO_PORT: Final = struct.Struct("!2xH44x")
 _FROM_PORT: Final = struct.Struct("!H46x")
+# Ports, addresses, the device, and a cookie that stands for any.
+_ENDS: Final = struct.Struct("!HH16s16s")
+_ANYWHERE: Final = struct.Struct("=I8s")
+_ANY_COOKIE: Final = b"\xff" * 8
 # inet_diag_msg: family, state, timer, retransmits; the socket's id; what nobody here needs; inode.
-_ANSWER: Final = struct.Struct("=B3x48s16xI")
+_ANSWER: Final = struct.Struct("=BB2x48s16xI")
 _INET_DIAG_MARK: Final = 15
 _INET_DIAG_CGROUP_ID: Final = 21
 _TCP_ESTABLISHED: Final = 1
+_TCP_LISTEN: Final = 10
 _ALL_STATES: Final = 0xFFFFFFFF
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _GONE: Final = frozenset((errno.ENOENT, errno.ESTALE))
@@ -45,13 +52,14 @@ _CANNOT: Final = frozenset((errno.EOPNOTSUPP, errno.EINVAL))
 class Socket:
     """A socket: its family, its struct inet_diag_sockid, and the attributes it was told with.
 
-    `inode` is 0 where no process has it any more.
+    `inode` is 0 where no process has it any more, `state` one of TCP's.
     """
 
     family: int
     identity: bytes
     attributes: bytes
     inode: int = 0
+    state: int = 0
 
     @property
     def cookie(self) -> int:
@@ -65,6 +73,14 @@ class Socket:
     @property
     def remote(self) -> bytes:
         return self._packed(self.identity[20:36]) + self.identity[2:4]
+
+    @property
+    def port(self) -> int:
+        return int.from_bytes(self.identity[0:2])
+
+    @property
+    def listens(self) -> bool:
+        return self.state == _TCP_LISTEN
 
     @property
     def remote_ip(self) -> str:
@@ -95,8 +111,12 @@ def dump(netns: Netns, kind: int, body: bytes) -> Iterator[Socket]:
     with _diagnosis(netns) as kernel:
         answers = kernel.each(kind, body)
         while (answer := _next(answers)) is not None:
-            family, identity, inode = _ANSWER.unpack_from(answer)
-            yield Socket(family, identity, answer[_ANSWER.size :], inode)
+            yield _told(answer)
+
+
+def _told(answer: bytes) -> Socket:
+    family, state, identity, inode = _ANSWER.unpack_from(answer)
+    return Socket(family, identity, answer[_ANSWER.size :], inode, state)
 
 
 def _next(answers: Iterator[bytes]) -> bytes | None:
@@ -120,6 +140,44 @@ def _sockets(netns: Netns, protocol: int, states: int, identity: bytes) -> Itera
     for family in (socket.AF_INET, socket.AF_INET6):
         asked = _REQUEST_V2.pack(family, protocol, 0, states, identity)
         yield from dump(netns, _SOCK_DIAG_BY_FAMILY, asked)
+
+
+def find(
+    netns: Netns | None, local: SocketAddress, remote: SocketAddress, device: int = 0
+) -> Socket | None:
+    """The TCP socket that gets a segment from `remote` to `local`, by a device with this index.
+
+    The kernel looks for it as for a segment from outside: where no connection has these addresses,
+    it finds the listener that would get one, and sk_lookup programs have their say. Netfilter is
+    not asked, which may turn it to another port before. Exactly one is asked for, not a list: the
+    answer comes before a proxy that refuses the connection has closed it.
+
+    Without a `netns`, in that of the calling thread, and that needs no privilege.
+    """
+    ends = _ENDS.pack(local.port, remote.port, _padded(local), _padded(remote))
+    identity = ends + _ANYWHERE.pack(device, _ANY_COOKIE)
+    asked = _REQUEST_V2.pack(local.family, socket.IPPROTO_TCP, 0, _ALL_STATES, identity)
+    with _diagnosis(netns) as kernel, contextlib.suppress(OSError):
+        answer = kernel.get(_SOCK_DIAG_BY_FAMILY, asked)
+        return None if answer is None else _told(answer)
+    return None
+
+
+def _padded(address: SocketAddress) -> bytes:
+    ip = address.ip.partition("%")[0]
+    return socket.inet_pton(address.family, ip).ljust(_ADDRESS_SIZE, b"\0")
+
+
+def is_connected(local: SocketAddress, remote: SocketAddress) -> bool:
+    """Whether a TCP socket with just these ends is in the calling thread's network namespace."""
+    found = find(None, local, remote)
+    if found is None or found.listens:
+        return False
+    return (found.local, found.remote) == (_end(local), _end(remote))
+
+
+def _end(address: SocketAddress) -> bytes:
+    return packed_ip(address.ip) + address.port.to_bytes(2)
 
 
 def end(netns: Netns, protocol: int, sockets: Iterable[Socket]) -> int:
@@ -153,5 +211,5 @@ def _end_one(kernel: NetlinkSocket, protocol: int, which: Socket) -> bool:
     return True
 
 
-def _diagnosis(netns: Netns) -> NetlinkSocket:
+def _diagnosis(netns: Netns | None) -> NetlinkSocket:
     return NetlinkSocket(netns, _NETLINK_SOCK_DIAG)
