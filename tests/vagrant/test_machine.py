@@ -93,6 +93,16 @@ def test_a_boot_that_hangs_twice_is_reported(guest: Guest, monkeypatch: pytest.M
     assert len(guest.boots) == 2
 
 
+def test_what_qemu_complains_of_is_told(guest: Guest) -> None:
+    """A qemu that ends before it opens a console: its complaint is in the line, and kept."""
+    no_console = 'for word; do case $word in file:*) rm "${word#file:}" ;; esac; done\n'
+
+    with pytest.raises(BedError, match=r"qemu: no such accelerator\); read .*console-6\.1\.log"):
+        guest.run(no_console + 'echo "no such accelerator" >&2')
+    kept = guest.folder / "results/console-6.1.log"
+    assert kept.read_text() == "no such accelerator\n"
+
+
 def test_a_job_that_takes_too_long_is_ended(guest: Guest) -> None:
     """The guest is ended when the job's time is over, with what it printed so far passed on."""
     with pytest.raises(machine.TimedOut, match="--timeout"):
@@ -117,6 +127,19 @@ def test_kvm_that_fails_is_forgone(
     assert [guest.run(only_tcg), guest.run(only_tcg)] == [0, 0]
     assert ["kvm" in line for line in guest.boots] == [True, False, False]
     assert capsys.readouterr().err.count("KVM does not work here") == 1
+
+
+def test_kvm_is_forgone_in_a_cache_that_cannot_be_written(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who may only read the cache gets a guest all the same."""
+    (guest.folder / "file").touch()
+    monkeypatch.setenv("PYAMBIENT_CACHE", str(guest.folder / "file"))
+    monkeypatch.delenv("PYAMBIENT_DRIVER")
+    monkeypatch.setattr(machine, "_has_kvm", lambda: True)
+
+    assert guest.run(f'[[ "$*" == *tcg* ]] || exit 1\n{_UP}answer 0') == 0
+    assert "KVM does not work here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("driver", ["kvm", "qemu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, host, progress
+from . import cache, host
 from .errors import BedError
 
 # Of the guest's results; the disk is sparse.
@@ -66,7 +67,9 @@ def run(
             try:
                 return _attempt(boot, accelerator, work, results, timeout, output)
             except _NotUp as reason:
-                _forgo(accelerator, boot, reason, work, last=last)
+                if last:
+                    raise _no_boot(boot, reason, work, results) from reason
+                _forgo(accelerator, boot, reason, work)
     raise AssertionError("the last attempt either returned or raised")
 
 
@@ -92,18 +95,40 @@ def _kvm_failed() -> Path:
     return cache.root() / f"kvm-fails-on-{os.uname().release}"
 
 
-def _forgo(accelerator: str, boot: Boot, reason: _NotUp, work: Path, *, last: bool) -> None:
-    console = work / "console"
-    if last:
-        kept = cache.root() / f"console-{boot.name}.log"
-        kept.write_bytes(console.read_bytes())
-        raise BedError(f"kernel {boot.name} does not boot: {reason}", f"read its console in {kept}")
-    said = progress.last_line(console) if console.exists() else "nothing"
-    note = f"kernel {boot.name} under {accelerator}: {reason} (its console: {said}); trying again"
+def _forgo(accelerator: str, boot: Boot, reason: _NotUp, work: Path) -> None:
+    """Tell why this attempt is given up."""
     if accelerator == "kvm" and os.environ.get("PYAMBIENT_DRIVER") != "kvm":
-        _kvm_failed().touch()
-        note = f"KVM does not work here: {reason}; emulating the CPU from now on"
+        # In a cache that another user has filled, each run tries KVM again.
+        with contextlib.suppress(OSError):
+            _kvm_failed().touch()
+        note = f"KVM does not work here: {reason} ({_said(work)}); emulating the CPU"
+    else:
+        note = f"kernel {boot.name} under {accelerator}: {reason} ({_said(work)}); trying again"
     sys.stderr.write(f"test bed: {note}\n")
+
+
+def _no_boot(boot: Boot, reason: _NotUp, work: Path, results: Path) -> BedError:
+    """Keep what was said, beside where the job's results would be."""
+    results.mkdir(parents=True, exist_ok=True)
+    kept = results / f"console-{boot.name}.log"
+    kept.write_text("".join(text for _, text in _words(work)))
+    return BedError(f"kernel {boot.name} does not boot: {reason} ({_said(work)})", f"read {kept}")
+
+
+def _said(work: Path) -> str:
+    """In a line: the last that came on the console, and what qemu complained of first."""
+    return "; ".join(
+        f"{who}: {said[0 if who == 'qemu' else -1].strip()}"
+        for who, text in _words(work)
+        if (said := text.strip().splitlines())
+    )
+
+
+def _words(work: Path) -> Iterator[tuple[str, str]]:
+    """(who, all that it said) of kernel and qemu, each of which may have said nothing."""
+    for who, name in (("console", "console"), ("qemu", "qemu.log")):
+        log = work / name
+        yield who, log.read_text(errors="replace") if log.exists() else ""
 
 
 def _attempt(
@@ -114,7 +139,8 @@ def _attempt(
     timeout: float,
     output: Callable[[bytes], object],
 ) -> int:
-    (work / "answer.tar").unlink(missing_ok=True)
+    for left in ("answer.tar", "console"):
+        (work / left).unlink(missing_ok=True)
     with (work / "answer.tar").open("wb") as disk:
         disk.truncate(_ANSWER_BYTES)
     overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(boot.image)]

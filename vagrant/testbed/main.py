@@ -29,6 +29,10 @@ def _guarded(program: str, action: Callable[[], int]) -> int:
     except BedError as error:
         sys.stderr.write(f"vagrant/{program}: {error}\n")
         return _TIMED_OUT if isinstance(error, machine.TimedOut) else _FAILED
+    except PermissionError as error:
+        remedy = "use sudo, or a PYAMBIENT_CACHE and --results that this user may use"
+        sys.stderr.write(f"vagrant/{program}: {error.filename}: {error.strerror}; {remedy}\n")
+        return _FAILED
     except (KeyboardInterrupt, BrokenPipeError):
         return _INTERRUPTED
 
