@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cache, host, progress
+from .errors import BedError
 from .packages import SUITE, Packages
 
 SERIES = ("5.10", "6.1", "6.12")
@@ -64,18 +65,23 @@ class Guest:
 
 def guest() -> Guest:
     """The guest of this checkout; built first, with root and network, where it is missing."""
-    files = sorted(path for path in _FILES.iterdir() if path.is_file())
-    key = cache.digest(_debian_key(), _python_key(), inspect.getsource(_make_image), *files)
-    if not cache.has("guest", key):
+    if not cache.has("guest", key()):
         _debian()
         _python()
-    return Guest(cache.folder("guest", "guest image", key, _make_image))
+    return Guest(cache.folder("guest", "guest image", key(), _make_image))
+
+
+def key() -> str:
+    """Changes with whatever goes into the guest, and with how it is made."""
+    files = sorted(path for path in _FILES.iterdir() if path.is_file())
+    made_by = [inspect.getsource(step) for step in (_make_image, _take_kernels, _mke2fs)]
+    return cache.digest(_debian_key(), _python_key(), *files, str(IMAGE_GIB), *made_by)
 
 
 def _debian_key() -> str:
-    return cache.digest(
-        SUITE, *_PACKAGES, *_LEFT_OUT, *SERIES, (_HERE / "packages.py"), _initramfs()
-    )
+    packages = _HERE / "packages.py"
+    made_by = inspect.getsource(_make_debian)
+    return cache.digest(SUITE, *_PACKAGES, *_LEFT_OUT, *SERIES, packages, _initramfs(), made_by)
 
 
 def _debian() -> Path:
@@ -127,7 +133,8 @@ def requirements() -> list[str]:
 
 
 def _python_key() -> str:
-    return cache.digest(_PYTHON_VERSION, *requirements())
+    made_by = inspect.getsource(_make_python)
+    return cache.digest(_PYTHON_VERSION, *requirements(), *_PLATFORMS, made_by)
 
 
 def _python() -> Path:
@@ -146,7 +153,14 @@ def _make_python(part: Path) -> None:
     target = ["--only-binary=:all:", f"--python-version={_PYTHON_VERSION}", "--implementation=cp"]
     target += [f"--platform={platform}" for platform in _PLATFORMS]
     pip = [str(scratch / "bin/pip"), "install", "--quiet", "--disable-pip-version-check"]
-    progress.run(title, [*pip, *target, f"--target={part / 'site-packages'}", *requirements()], log)
+    target += [f"--target={part / 'site-packages'}"]
+    try:
+        progress.run(title, [*pip, *target, *requirements()], log)
+    except BedError as error:
+        raise BedError(
+            f"the Python packages cannot be had ({progress.last_line(log)})",
+            f"see whether this machine has a network, or read {log}",
+        ) from error
     shutil.rmtree(scratch)
 
 
