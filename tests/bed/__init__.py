@@ -21,7 +21,7 @@ from .mesh import Mesh
 from .network import Bed, BedPod, Network, Twin
 from .nullproxy import Interception, NullProxy
 from .privileges import Capability
-from .process import Channel, Child, ChildDied
+from .process import Channel, Child, ChildDied, is_gone
 from .seccomp import forbid_bpf, nobpf
 from .snapshot import changes, kernel_state
 
@@ -48,6 +48,7 @@ __all__ = [
     "changes",
     "forbid_bpf",
     "has_mptcp",
+    "is_gone",
     "kernel_state",
     "marking",
     "nobpf",

@@ -19,6 +19,7 @@ import faulthandler
 import os
 import pickle
 import resource
+import select
 import signal
 import sys
 import time
@@ -38,6 +39,21 @@ _MESSAGE, _RESULT, _ERROR = "message", "result", "error"
 
 class ChildDied(AssertionError):
     """A child ended without saying what its function returned."""
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended with all its threads, and so its sockets are closed.
+
+    /proc calls it a zombie as soon as its first thread has ended.
+    """
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], 0)[0])
+    finally:
+        os.close(handle)
 
 
 class Channel:

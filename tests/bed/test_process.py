@@ -6,13 +6,14 @@ import errno
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pyambient.errors import NeedsRoot
-from tests.bed import Bed, Capability, Channel, ChildDied, isolation, marking
+from tests.bed import Bed, Capability, Channel, ChildDied, is_gone, isolation, marking
 
 
 def _status() -> dict[str, str]:
@@ -179,3 +180,24 @@ def test_teardown_ends_everything(bed: Bed) -> None:
     bed.cgroup.kill()
     assert bed.cgroup.pids() == []
     assert not child.alive
+
+
+def test_what_is_gone_has_closed_its_listeners(bed: Bed) -> None:
+    """Not its first thread's end counts: another one keeps the process's sockets for a while."""
+    pod = bed.pod("a")
+
+    def listen(channel: Channel) -> None:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # noqa: TID251 - no trio here
+        listener = socket.create_server(("127.0.0.1", 8080))
+        held = [socket.create_connection(listener.getsockname()) for _ in range(100)]
+        channel.send(len(held))
+        channel.receive()
+
+    for _ in range(20):
+        with pod.spawn(listen) as child:
+            assert child.receive() == 100
+            os.kill(child.pid, signal.SIGKILL)
+            while not is_gone(child.pid):
+                os.sched_yield()
+            with pod.netns.socket(socket.AF_INET, socket.SOCK_STREAM) as late:
+                assert late.connect_ex(("127.0.0.1", 8080)) == errno.ECONNREFUSED

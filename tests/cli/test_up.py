@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import pytest
 
 from pyambient.agent.config import RunDir
 from pyambient.errors import UsageError
-from tests.bed import Bed, Mesh, apps, changes, kernel_state
+from tests.bed import Bed, Mesh, apps, changes, is_gone, kernel_state
 
 READY = "pyambient is ready in {run_dir}: 0 pods enrolled, press Ctrl-C to stop"
 
@@ -25,12 +24,6 @@ def child_pid(mesh: Mesh, name: str) -> int:
     """The agent's or the (only) proxy's pid."""
     status = mesh.status()
     return int(status["agent"]["pid"] if name == "agent" else status["proxies"][0])
-
-
-def is_gone(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    return True
 
 
 def test_it_says_when_it_is_ready(mesh: Mesh) -> None:

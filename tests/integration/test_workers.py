@@ -11,8 +11,7 @@ import pytest
 from pyambient.agent.client import ask
 from pyambient.agent.config import RunDir
 from pyambient.model.address import SocketAddress
-from tests.bed import BedPod, Child, ClientOptions, Mesh, apps, capturing
-from tests.cli.test_up import is_gone
+from tests.bed import BedPod, Child, ClientOptions, Mesh, apps, capturing, is_gone
 
 from .conftest import Pair, assert_all_tunnelled, between
 from .test_capture import (  # noqa: F401 - these hold with one worker and with several
@@ -53,6 +52,12 @@ def are_up(mesh: Mesh, *pods: BedPod) -> bool:
     """Whether both workers serve all of these pods."""
     rows = [workers(mesh, pod) for pod in pods]
     return all(len(two) == 2 and all(one["pid"] for one in two) for two in rows)
+
+
+def both_workers(mesh: Mesh, pod: BedPod) -> list[dict[str, Any]]:
+    """The workers that serve a pod, when both are up."""
+    mesh.wait_until(lambda: are_up(mesh, pod), "both workers")
+    return workers(mesh, pod)
 
 
 def _shares(pair: Pair, pod: BedPod) -> list[int]:
@@ -127,7 +132,7 @@ def test_a_killed_worker_takes_its_own_connections_alone(
     beyond = SocketAddress(pair.outside.address(family), 8080)
     with pair.serve(pair.outside, 8080), pair.client.spawn(apps.hold, beyond, _MANY) as held:
         assert held.receive() == {}
-        victim, other = workers(pair.mesh, pair.client)
+        victim, other = both_workers(pair.mesh, pair.client)
         with capturing(pair.client) as capture:
             os.kill(victim["pid"], signal.SIGKILL)
             # What it had not accepted goes with its listeners, a moment after its connections.
@@ -147,7 +152,7 @@ def test_a_killed_worker_takes_its_own_connections_alone(
 def test_a_pod_enrolled_while_a_worker_is_down_gets_both(pair: Pair) -> None:
     """The one that lives serves it, the other is told when it is back."""
     late = pair.bed.pod("late")
-    (first, _) = workers(pair.mesh, pair.client)
+    (first, _) = both_workers(pair.mesh, pair.client)
     os.kill(first["pid"], signal.SIGKILL)
     pair.mesh.enroll(late, backend=pair.backend)
     pair.mesh.wait_until(lambda: are_up(pair.mesh, late), "both workers in the pod")
@@ -159,7 +164,7 @@ def test_a_killed_parent_is_closed_and_comes_back(
     pair: Pair, echo: Child, destination: SocketAddress
 ) -> None:
     """Its workers end with it: nothing goes out past the mesh, and then all is served again."""
-    before = {worker["pid"] for worker in workers(pair.mesh, pair.client)}
+    before = {worker["pid"] for worker in both_workers(pair.mesh, pair.client)}
     (parent,) = pair.mesh.status()["proxies"]
     with capturing(pair.client) as capture:
         os.kill(parent, signal.SIGKILL)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pyambient.model.address import SocketAddress
-from tests.bed import BedPod, Mesh, apps, capturing, changes, kernel_state
-from tests.cli.test_up import is_gone
+from tests.bed import BedPod, Mesh, apps, capturing, changes, is_gone, kernel_state
 
 from .conftest import Pair, between
 from .test_workers import _MANY, _TWO, workers
