@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,6 +30,14 @@ def stop_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         raise SystemExit(0)
+
+
+def module(name: str, *words: str) -> list[str]:
+    """The command that runs a module by this very interpreter.
+
+    With -P, or a file of that name in the folder where root happens to be would be imported.
+    """
+    return [sys.executable, "-P", "-m", name, *words]
 
 
 def start(line: Sequence[str], pass_fds: Collection[int] = ()) -> subprocess.Popen[bytes]:

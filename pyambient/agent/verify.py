@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from pyambient.children import module
 from pyambient.errors import PyambientError
 from pyambient.intercept.bpf_steps import SkLookup
 from pyambient.intercept.interface import Pod
@@ -208,8 +208,7 @@ def _probe(netns: Netns, record: Record, trials: list[str]) -> dict[str, str | N
     """Run `agent.probe` in the pod: {trial: why it was not captured, or None}."""
     with _place(record.cgroup) as place:
         ports = ",".join(map(str, record.ports))
-        command = [sys.executable, "-m", "pyambient.agent.probe"]
-        command += [str(netns.fd), place, ports, *trials]
+        command = module("pyambient.agent.probe", str(netns.fd), place, ports, *trials)
         try:
             done = subprocess.run(
                 command,

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from pyambient.children import module
 from pyambient.errors import PyambientError
 from pyambient.proxy.settings import ProxySettings
 
@@ -94,7 +95,7 @@ def command(  # noqa: PLR0913 - a parameter for each option
 def _become(settings: ProxySettings) -> NoReturn:
     """Go on in this process, but without what the command line has loaded."""
     sys.stdout.flush()
-    line = [sys.executable, "-m", "pyambient.proxy", settings.to_json()]
+    line = module("pyambient.proxy", settings.to_json())
     os.execv(sys.executable, line)  # noqa: S606 - itself
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import trio
 from pyambient.agent.client import ask
 from pyambient.agent.config import DEFAULT_DRAIN_TIMEOUT, AgentSettings, RunDir
 from pyambient.agent.lock import AgentLock
-from pyambient.children import Child, ChildFailed, start
+from pyambient.children import Child, ChildFailed, module, start
 from pyambient.errors import PyambientError, root_cause
 
 from .options import (
@@ -168,7 +167,7 @@ async def _run(settings: _Settings) -> None:
 
 def _child(name: str, words: list[str], ready: trio.Event) -> Child:
     """A command of pyambient in a process of its own."""
-    begin = partial(start, [sys.executable, "-m", "pyambient", *words])
+    begin = partial(start, module("pyambient", *words))
     return Child(name, begin, _STOP_PATIENCE, ready, partial(click.echo, err=True))
 
 

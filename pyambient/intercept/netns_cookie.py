@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 from weakref import WeakKeyDictionary
 
+from pyambient.children import module
 from pyambient.errors import PyambientError, UnsupportedFeature
 from pyambient.netns import Netns
 
@@ -56,7 +56,7 @@ def ask_by_connect(netns: Netns, cgroup: Path | None) -> int:
 
 
 def _connect(netns: Netns, cgroup: Path) -> None:
-    command = [sys.executable, "-m", f"{__package__}.magic_connect", str(netns.fd), str(cgroup)]
+    command = module(f"{__package__}.magic_connect", str(netns.fd), str(cgroup))
     try:
         subprocess.run(
             command,
