@@ -88,11 +88,11 @@ class _Conversation:
                 while packet := await self._receive():
                     heard = True
                     number, question = decode_question(packet)
-                    if isinstance(question, Drain | Settle):
+                    if isinstance(question, Describe):  # comes before what follows it
+                        await self._answer(number, question)
+                    else:
                         await self._room.acquire()
                         nursery.start_soon(self._wait, number, question)
-                    else:
-                        await self._answer(number, question)
                 nursery.cancel_scope.cancel()
         except* (DetailsError, OSError) as errors:
             _log.warning("lost the agent", error="; ".join(map(str, errors.exceptions)))
@@ -104,7 +104,7 @@ class _Conversation:
             raise DetailsError("a truncated packet")
         return packet
 
-    async def _wait(self, number: int, question: Drain | Settle) -> None:
+    async def _wait(self, number: int, question: Question) -> None:
         try:
             await self._answer(number, question)
         finally:

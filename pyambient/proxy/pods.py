@@ -263,6 +263,7 @@ class Pods:
 
     async def remove(self, uid: str) -> None:
         """Stop serving a pod: at once if it was drained, else after its connections had time."""
+        self._details.pop(uid, None)
         pod = self._pods.get(uid)
         if pod is None:
             return
@@ -289,7 +290,6 @@ class Pods:
         pod = self._pods.pop(uid, None)
         if pod is None:
             return
-        self._details.pop(uid, None)
         self._worker.view.withdraw(uid)
         pod.close(reason)
         _log.info("stopped serving", pod=str(pod.scope.pod), reason=reason)

@@ -6,14 +6,13 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 
-from pyambient.children import Child, start
+from pyambient.children import Child, module, start
 from pyambient.netns import Netns
 from pyambient.observe.logs import get_logger
 from pyambient.zds.details import DetailsError, PodDetails, Question
@@ -101,7 +100,7 @@ class WorkerProcess:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
         (zds, zds_there), (details, details_there) = pairs
         seat = Seat(self.number, os.getpid(), zds_there.fileno(), details_there.fileno())
-        line = [sys.executable, "-m", "pyambient.proxy", self._settings.to_json(), *seat.words()]
+        line = module("pyambient.proxy", self._settings.to_json(), *seat.words())
         with zds_there, details_there:
             process = start(line, (seat.zds, seat.details))
         over_zds, over_details = map(trio.socket.from_stdlib_socket, (zds, details))
@@ -121,6 +120,7 @@ class WorkerProcess:
 
                 async def listen(receive_all: Callable[[], Awaitable[None]]) -> None:
                     await receive_all()
+                    process.terminate()  # it would serve on, and hear of no pod that goes
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(listen, link.zds.receive_all)

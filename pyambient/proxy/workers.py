@@ -90,9 +90,7 @@ class Workers:
             undescribed = [u for u, d in self._details.items() if link.described.get(u) != d]
             unnamed = [u for u in self._pods if u not in link.named | self._draining]
             if undescribed:
-                uid = undescribed[0]
-                details = link.described[uid] = self._details[uid]
-                await link.ask(Describe(uid, details))
+                await self._describe_to(link, undescribed[0])
             elif unnamed:
                 pod, netns = self._pods[unnamed[0]]
                 link.named.add(pod.uid)
@@ -131,6 +129,8 @@ class Workers:
 
     async def add(self, pod: PodRef, netns: Netns) -> None:
         """Have every worker that is up serve `pod` in `netns`, which is taken over."""
+        if (former := self._pods.pop(pod.uid, None)) is not None:
+            former[1].close()
         self._pods[pod.uid] = (pod, netns)
         self._draining.discard(pod.uid)
         try:
@@ -141,6 +141,7 @@ class Workers:
 
     async def _add_to_all(self, pod: PodRef, netns: Netns) -> None:
         async def add_to(link: Link) -> Ack:
+            await self._describe_to(link, pod.uid)
             link.named.add(pod.uid)
             return await link.exchange(Add(pod), netns)
 
@@ -158,9 +159,8 @@ class Workers:
         self._details.pop(uid, None)
 
     async def _withdraw(self, uid: str) -> None:
-        if (entry := self._pods.pop(uid, None)) is None:
-            return
-        entry[1].close()
+        if (entry := self._pods.pop(uid, None)) is not None:
+            entry[1].close()
         self._draining.discard(uid)
         links = [p.link for p in self._processes if p.link is not None]
         greeted = [link for link in links if link.zds.greeted.is_set()]
@@ -181,15 +181,16 @@ class Workers:
     async def describe(self, uid: str, details: PodDetails) -> None:
         """Note how a pod is intercepted, before its add and whenever that changes."""
         self._details[uid] = details
+        await self._each(self._links, lambda link: self._describe_to(link, uid))
 
-        async def describe_to(link: Link) -> None:
-            link.described[uid] = details
+    async def _describe_to(self, link: Link, uid: str) -> None:
+        """Tell a worker, if it does not know. One that ends meanwhile is told when it is back."""
+        details = self._details.get(uid)
+        if details is None or link.described.get(uid) == details:
+            return
+        link.described[uid] = details
+        with trio.CancelScope(shield=True):  # the agent may go away at any time
             await link.ask(Describe(uid, details))
-
-        said = await self._each(self._links, describe_to)
-        for error in said.values():
-            if error is not None:
-                raise PyambientError(str(error))
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
         """Drain a pod in all workers; the number of connections left when the time was up."""

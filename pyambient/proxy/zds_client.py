@@ -169,8 +169,7 @@ class ZdsClient:
         if self._served.get(pod.uid) == netns.key:
             netns.close()
             return ""
-        if pod.uid in self._served:
-            await self._remove(pod.uid)
+        self._served.pop(pod.uid, None)
         self._forget_pending([pod.uid])
         error = await self._start(pod, netns)
         return f"{START_FAILURE}{error}" if error else ""
@@ -193,8 +192,8 @@ class ZdsClient:
 
     async def _remove(self, uid: str) -> None:
         self._forget_pending([uid])
-        if self._served.pop(uid, None) is not None:
-            await self._handler.remove(uid)
+        self._served.pop(uid, None)
+        await self._handler.remove(uid)  # of one that could not be served, too, what it was told
 
     async def _retain(self, uids: frozenset[str]) -> None:
         self._forget_pending([uid for uid in self._pending if uid not in uids])

@@ -14,7 +14,7 @@ import trio
 
 from pyambient.errors import PyambientError
 from pyambient.intercept.listeners import held_sockets, listening
-from pyambient.model.numbers import INBOUND_PORT, RESERVED_PORTS
+from pyambient.model.numbers import DNS_PORT, INBOUND_PORT, RESERVED_PORTS
 from pyambient.model.workload import PodRef
 from pyambient.netns import Netns
 from pyambient.proxy.settings import ProxySettings
@@ -51,12 +51,20 @@ def play(
     trio.run(main)
 
 
-async def serve(workers: Workers, pod: BedPod) -> None:
-    """What the agent would say of a pod."""
+async def describe(workers: Workers, pod: BedPod, dns: DnsCapture | None) -> None:
     ips = (pod.ipv4 or "", pod.ipv6 or "")
-    await workers.describe(pod.name, PodDetails("nftables", ips, dns=DnsCapture()))
+    await workers.describe(pod.name, PodDetails("nftables", ips, dns=dns))
+
+
+async def add(workers: Workers, pod: BedPod) -> None:
     ref = PodRef(pod.name, pod.name, "default", pod.name)
     await workers.add(ref, Netns.open(pod.name))
+
+
+async def serve(workers: Workers, pod: BedPod) -> None:
+    """What the agent would say of a pod."""
+    await describe(workers, pod, DnsCapture())
+    await add(workers, pod)
 
 
 async def pids(workers: Workers, pod: BedPod) -> list[int]:
@@ -115,6 +123,23 @@ def test_a_pod_that_one_cannot_serve_is_served_by_none(bed: Bed, tmp_path: Path)
         await serve(workers, pod)
         assert listeners(pod, *found) == sorted(RESERVED_PORTS * _TWO)
         assert await pids(workers, pod) == found
+
+    play(tmp_path, scenario)
+
+
+def test_what_is_tried_again_is_served_as_it_was_described(bed: Bed, tmp_path: Path) -> None:
+    """Not as Istio's agent would have it, which describes nothing: its DNS is its own affair."""
+    pod = bed.pod("a")
+
+    async def scenario(workers: Workers) -> None:
+        await describe(workers, pod, dns=None)
+        with pod.spawn(apps.echo_server, INBOUND_PORT) as app:
+            assert app.receive() == "listening"
+            with pytest.raises(PyambientError, match=f"^port {INBOUND_PORT} is taken in the pod"):
+                await add(workers, pod)
+        await add(workers, pod)
+        expected = sorted(port for port in RESERVED_PORTS * _TWO if port != DNS_PORT)
+        assert listeners(pod, *await pids(workers, pod)) == expected
 
     play(tmp_path, scenario)
 
