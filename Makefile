@@ -13,6 +13,7 @@ VENV := .venv
 # test bed: nothing is installed or built then.
 PREPARED ?=
 BIN := $(or $(PREPARED),$(VENV))/bin
+PYTHON := $(abspath $(BIN))/python
 SETUP := $(if $(PREPARED),,setup)
 
 # auto | bpf | tc | nftables | iptables; NOBPF=1 makes bpf(2) fail, as on a kernel without it.
@@ -47,10 +48,23 @@ LOADER ?= libbpf
 OF_BPF := -k 'not nftables and not iptables and not Linux' \
 	tests/integration tests/intercept/test_{bpf,dns_queries,exclu,fence,tc}*.py
 
+# COMPILED=1: of the byte path as mypyc builds it, in a folder where nothing else is found.
+COMPILED ?=
+IN := $(if $(COMPILED),cd build/compiled && PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/compiled)
+OF_BYTE_PATH := -m 'not interpreted' tests/hbone tests/engine tests/observe tests/mesh tests/proxy
+
+.PHONY: compiled
+compiled: $(SETUP) ## the byte path as C extensions, in build/compiled
+	scripts/system-packages gcc python3-dev
+	PYAMBIENT_COMPILE=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --upgrade --target build/compiled .
+	cp -r tests examples pyproject.toml build/compiled
+
 .PHONY: test
-test: $(SETUP) ## all tests (root; PYTEST_ARGS are passed on; LOADER=bcc: of BPF, loaded by bcc)
-	PYAMBIENT_TEST_LOADER=$(LOADER) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal \
-	    $(if $(filter bcc,$(LOADER)),$(OF_BPF)) $(PYTEST_ARGS)
+test: $(SETUP) $(if $(COMPILED),compiled) ## all tests (root; PYTEST_ARGS=, LOADER=bcc, COMPILED=1)
+	$(IN) PYAMBIENT_TEST_LOADER=$(LOADER) $(PYTHON) -m pytest -n $(TEST_PROCESSES) \
+	    --dist worksteal $(if $(filter bcc,$(LOADER)),$(OF_BPF)) $(if $(COMPILED),$(OF_BYTE_PATH)) \
+	    $(PYTEST_ARGS)
 
 # Guests of the test bed that `make test-kernels` boots; a subset is tested faster.
 KERNELS ?= 5.10 6.1 6.12 nobpf
@@ -68,8 +82,8 @@ CHECK ?=
 ENGINE_ARGS ?= $(if $(SHORT),--rounds 1 --seconds 0.5 --idle 1000)
 
 .PHONY: bench-engine
-bench-engine: $(SETUP) ## the byte path beside Envoy's (root; SHORT=1, CHECK=1, ENGINE_ARGS=...)
-	$(BIN)/python -m pyambient.bench.engine $(ENGINE_ARGS) $(if $(CHECK),--check)
+bench-engine: $(SETUP) $(if $(COMPILED),compiled) ## beside Envoy (root; SHORT=1, CHECK=1, COMPILED=1)
+	$(IN) $(PYTHON) -m pyambient.bench.engine $(ENGINE_ARGS) $(if $(CHECK),--check)
 
 .PHONY: bench-intercept
 bench-intercept: $(SETUP) ## what each interception costs (root; QUICK=1, CHECK=1)

@@ -132,10 +132,10 @@ class Tunnel:
             return
         try:
             again = self._read()
-        except RemoteProtocolError as error:
-            self._end_after_goaway(f"HTTP/2 error of the peer: {error}")
-        except TlsError as error:
-            self.close(f"tls error: {error}")
+        except RemoteProtocolError as violation:
+            self._end_after_goaway(f"HTTP/2 error of the peer: {violation}")
+        except TlsError as broken:
+            self.close(f"tls error: {broken}")
         except OSError as error:
             self.close(f"connection failed: {error.strerror}")
         else:
@@ -160,8 +160,8 @@ class Tunnel:
             return
         try:
             self._flush()
-        except TlsError as error:
-            self.close(f"tls error: {error}")
+        except TlsError as broken:
+            self.close(f"tls error: {broken}")
         except OSError as error:
             self.close(f"connection failed: {error.strerror}")
         if self._transport.blocked or self._keeps:

@@ -6,8 +6,7 @@ them raises costs the stream it is for, a RemoteProtocolError the connection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import Final
 
 from . import frames
 from .endpoint import Endpoint
@@ -268,13 +267,22 @@ class FrameHandlers(Endpoint):
         if self._starved:
             self._wake()
 
-    _HANDLERS: ClassVar[dict[int, Callable[[FrameHandlers, int, int, memoryview], None]]] = {
-        frames.HEADERS: _headers,
-        frames.PRIORITY: _priority,
-        frames.RST_STREAM: _rst_stream,
-        frames.SETTINGS: _settings,
-        frames.PUSH_PROMISE: _push_promise,
-        frames.PING: _ping,
-        frames.GOAWAY: _goaway,
-        frames.CONTINUATION: _continuation,
-    }
+    def _handle_whole(self, kind: int, flags: int, stream_id: int, payload: memoryview) -> None:
+        """A frame of any kind but DATA and WINDOW_UPDATE; unknown ones do not come here."""
+        match kind:
+            case frames.HEADERS:
+                self._headers(flags, stream_id, payload)
+            case frames.RST_STREAM:
+                self._rst_stream(flags, stream_id, payload)
+            case frames.PING:
+                self._ping(flags, stream_id, payload)
+            case frames.SETTINGS:
+                self._settings(flags, stream_id, payload)
+            case frames.GOAWAY:
+                self._goaway(flags, stream_id, payload)
+            case frames.CONTINUATION:
+                self._continuation(flags, stream_id, payload)
+            case frames.PRIORITY:
+                self._priority(flags, stream_id, payload)
+            case frames.PUSH_PROMISE:
+                self._push_promise(flags, stream_id, payload)

@@ -176,7 +176,7 @@ class Receiver(FrameHandlers):
 
     def _handle(self, kind: int, flags: int, stream_id: int, payload: memoryview) -> None:
         try:
-            self._HANDLERS[kind](self, flags, stream_id, payload)
+            self._handle_whole(kind, flags, stream_id, payload)
         except StreamError as error:
             self._stream_error(self.streams[stream_id], error)
 

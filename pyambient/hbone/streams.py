@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from .errors import ErrorCode, LocalProtocolError, StreamError
 from .frames import MAX_31_BITS
@@ -234,7 +234,7 @@ class EarlyData:
 
     __slots__ = ("_code", "_data", "_ended", "_stream")
 
-    MAX = 64 << 10
+    MAX: ClassVar[int] = 64 << 10
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -283,7 +283,7 @@ class Gone:
 
     __slots__ = ("_fates",)
 
-    REMEMBERED = 512
+    REMEMBERED: ClassVar[int] = 512
 
     def __init__(self) -> None:
         # A dict finds its first key by passing over all that were deleted before it.

@@ -86,7 +86,8 @@ class _Json:
     def text(self, name: str, value: str) -> str:
         return f'"{name}":{json_string(value)}'
 
-    address = text
+    def address(self, name: str, value: str) -> str:
+        return self.text(name, value)
 
     def number(self, name: str, value: int) -> str:
         return f'"{name}":{value}'

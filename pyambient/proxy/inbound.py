@@ -93,12 +93,12 @@ class Inbound:
                 session, identity = await self._prove(sock)
         except trio.TooSlowError:
             self._fail(sock, peer, f"no TLS handshake in {HANDSHAKE_TIMEOUT:g} s")
-        except PeerRefused as error:
-            self._fail(sock, peer, f"identity error: {error.reason}")
-        except IdentityError as error:
-            self._fail(sock, peer, f"identity error: {error}")
-        except HandshakeFailed as error:
-            self._fail(sock, peer, f"tls error: {error}")
+        except PeerRefused as refused:
+            self._fail(sock, peer, f"identity error: {refused.reason}")
+        except IdentityError as unproven:
+            self._fail(sock, peer, f"identity error: {unproven}")
+        except HandshakeFailed as failed:
+            self._fail(sock, peer, f"tls error: {failed}")
             with sock:  # also where the pod ends meanwhile
                 await linger(sock)
         except OSError as error:

@@ -192,6 +192,7 @@ def test_the_end_of_a_download_arrives_from_a_tunnel_that_is_drained(authority):
     hosted(authority, test)
 
 
+@pytest.mark.interpreted
 def test_a_peer_that_takes_nothing_is_not_waited_for_long(authority, monkeypatch):
     """It gets a second for a mistake of its own; then the socket is closed."""
     monkeypatch.setattr("pyambient.engine.tunnel._LAST_WORD_SECONDS", 0.1)

@@ -260,6 +260,7 @@ def test_a_drained_tunnel_delivers_its_last_bytes_through_a_blocked_socket(autho
     rigged(authority, test)
 
 
+@pytest.mark.interpreted
 def test_keep_alive_closes_a_tunnel_whose_peer_is_silent(authority, monkeypatch):
     monkeypatch.setattr("pyambient.engine.tunnel.PING_INTERVAL", 0.05)
     monkeypatch.setattr("pyambient.engine.tunnel.PING_TIMEOUT", 0.1)
@@ -274,6 +275,7 @@ def test_keep_alive_closes_a_tunnel_whose_peer_is_silent(authority, monkeypatch)
     rigged(authority, test)
 
 
+@pytest.mark.interpreted
 def test_a_tunnel_that_goes_idle_gives_back_what_it_grew_to(authority, monkeypatch):
     """Bulk is over for a PING interval: the buffers of both ends are replaced, PINGs go on."""
     monkeypatch.setattr("pyambient.engine.tunnel.PING_INTERVAL", 0.05)
