@@ -73,18 +73,32 @@ class Child:
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     async def keep_running(self) -> None:
-        """Run the command again whenever it ends; ChildFailed if it ends before `ready`."""
+        """Run the command again whenever it ends; ChildFailed if it ends before `ready`.
+
+        So does an OSError of a start; after `ready` that is one more end: memory or descriptors
+        that are short for one child are no reason to end the others.
+        """
         delay = FIRST_DELAY
         while True:
             began = trio.current_time()
-            code = await self._run()
-            if not self.ready.is_set():
-                raise ChildFailed(code)
+            how = await self._run_to_its_end()
             if trio.current_time() - began > LASTING:
                 delay = FIRST_DELAY
-            self.say(f"the {self.name} {_ending(code)}; next start in {delay:g} s")
+            self.say(f"the {self.name} {how}; next start in {delay:g} s")
             await trio.sleep(delay)
             delay = min(delay * 2, LAST_DELAY)
+
+    async def _run_to_its_end(self) -> str:
+        """How it ended, in words."""
+        try:
+            code = await self._run()
+        except OSError as error:
+            if not self.ready.is_set():
+                raise
+            return f"could not be started: {error.strerror}"
+        if not self.ready.is_set():
+            raise ChildFailed(code)
+        return _ending(code)
 
     async def _run(self) -> int:
         """Run the command once; its return code. Cancelled, it is told to stop and waited for."""

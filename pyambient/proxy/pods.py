@@ -64,7 +64,7 @@ class Pod:
     def listen(self) -> None:
         """Bind the pod's listeners, or none of them; PyambientError if a port is taken.
 
-        They accept nothing before `accept`.
+        Connections are taken from `accept` on, DNS at once: it concerns no other pod.
         """
         worker, netns, ports = self.scope.worker, self.scope.netns, self.scope.details.ports
         handlers = (

@@ -97,12 +97,13 @@ class WorkerProcess:
             await self._child.keep_running()
 
     def _begin(self) -> subprocess.Popen[bytes]:
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-        (zds, zds_there), (details, details_there) = pairs
-        seat = Seat(self.number, os.getpid(), zds_there.fileno(), details_there.fileno())
-        line = module("pyambient.proxy", self._settings.to_json(), *seat.words())
-        with zds_there, details_there:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            zds, zds_there = _pair(ours, theirs)
+            details, details_there = _pair(ours, theirs)
+            seat = Seat(self.number, os.getpid(), zds_there.fileno(), details_there.fileno())
+            line = module("pyambient.proxy", self._settings.to_json(), *seat.words())
             process = start(line, (seat.zds, seat.details))
+            ours.pop_all()
         over_zds, over_details = map(trio.socket.from_stdlib_socket, (zds, details))
         link = self.link = Link(
             process.pid,
@@ -129,7 +130,7 @@ class WorkerProcess:
                     await link.zds.greeted.wait()
                 await self._greet(link)
                 self.up.set()
-        except* (ZdsError, DetailsError, trio.TooSlowError) as errors:
+        except* (ZdsError, DetailsError, OSError, trio.TooSlowError) as errors:
             reason = str(errors.exceptions[0]) or "it does not start"
             _log.warning("lost a worker", number=self.number, pid=link.pid, error=reason)
             process.kill()
@@ -141,3 +142,11 @@ class WorkerProcess:
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.number} {self._child!r}>"
+
+
+def _pair(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    """A connection, each end of it to be closed by its owner."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return ours.enter_context(here), theirs.enter_context(there)

@@ -116,7 +116,7 @@ class Workers:
         async def ask(link: Link) -> None:
             try:
                 said[link] = await tell(link)
-            except (ZdsError, DetailsError) as error:
+            except (ZdsError, DetailsError, OSError) as error:
                 _log.warning("a worker failed", pid=link.pid, error=str(error))
                 said[link] = error
 

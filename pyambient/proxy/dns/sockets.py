@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from pyambient.errors import PyambientError
 from pyambient.model.address import SocketAddress, from_sockaddr
-from pyambient.model.numbers import DNS_PORT, LOOPBACK_MARK, PROXY_MARK
+from pyambient.model.numbers import LOOPBACK_MARK, PROXY_MARK
 from pyambient.netns import Netns
 from pyambient.proxy.sockets import Stock, set_transparent
 
@@ -50,7 +50,7 @@ def mark_answers(sock: socket.socket, backend: str) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, answer_mark(backend))
 
 
-def datagram_listener(netns: Netns, backend: str, port: int = DNS_PORT) -> socket.socket:
+def datagram_listener(netns: Netns, backend: str, port: int) -> socket.socket:
     """A UDP socket on every address of the pod, both families where the kernel has IPv6.
 
     PyambientError if the port is taken there.
