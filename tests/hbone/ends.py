@@ -2,7 +2,7 @@
 
 An end says what it heard (`Heard`, by stream) and keeps what it has sent. Nothing moves before
 `take` and `give`. Calls about a stream that the end cannot make are harmless or not offered:
-`sending`, `answerable` and `owed` list what is.
+`sending`, `endable`, `answerable` and `owed` list what is.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class End(Protocol):
     def answerable(self) -> list[int]: ...
     def answer(self, stream_id: int, status: int) -> None: ...
     def sending(self) -> list[int]: ...
+    def endable(self) -> list[int]: ...
     def send(self, stream_id: int, payload: bytes) -> int: ...
     def owed(self) -> list[int]: ...
     def credit(self, stream_id: int, count: int) -> None: ...
@@ -135,6 +136,13 @@ class Ours(_Books):
 
     def sending(self) -> list[int]:
         return [i for i, h in self.heard.items() if h.status == 200 and not h.end_sent and h.whole]
+
+    def endable(self) -> list[int]:
+        """Not below a window of 0, though RFC 9113 section 6.9 allows an empty DATA frame there.
+
+        hyper-h2 takes one for an overrun of the window that its own SETTINGS have made negative.
+        """
+        return [i for i in self.sending() if self.streams[i].send_window >= 0]
 
     def send(self, stream_id: int, payload: bytes) -> int:
         done = send(self.connection, self.streams[stream_id], payload)
@@ -260,6 +268,9 @@ class Theirs(_Books):
             if (early or h.status == 200) and not h.end_sent and h.whole
         ]
 
+    def endable(self) -> list[int]:
+        return self.sending()
+
     def send(self, stream_id: int, payload: bytes) -> int:
         room = self.h2.local_flow_control_window(stream_id)
         payload = payload[: max(0, min(room, self.h2.max_outbound_frame_size))]
@@ -286,12 +297,18 @@ class Theirs(_Books):
         self.h2.ping(b"from h2.")
 
     def may_change(self) -> bool:
-        """What it announced before is acknowledged: h2 takes the first ACK for all that it has."""
+        """What it announced before is acknowledged.
+
+        h2 takes an ACK for one value of every setting that it has announced.
+        """
         return self.settings_acknowledged == self.settings_sent
 
     def change(self, setting: SettingCodes, value: int) -> None:
         self.h2.update_settings({setting: value})
         self.settings_sent += 1
+        if setting is SettingCodes.MAX_FRAME_SIZE:
+            # By itself h2 refuses a larger frame that it is given together with the ACK.
+            self.h2.max_inbound_frame_size = max(self.h2.max_inbound_frame_size, value)
 
     def take(self, most: int) -> bytes:
         return self.h2.data_to_send(most)

@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from pyambient.hbone import Connection, ErrorCode, LocalSettings
+from pyambient.hbone.frames import DATA, END_STREAM
 
 from .helpers import (
     REQUEST,
@@ -204,6 +205,17 @@ def test_initial_window_changes_every_stream() -> None:
     assert not len(peer.connection.reserve(first, 10))
     peer.give(window_update(1, 1))
     assert len(peer.connection.reserve(first, 10)) == 1
+
+
+def test_end_below_a_window_of_0() -> None:
+    """END_STREAM needs no window: an empty DATA frame costs nothing (RFC 9113 section 6.9)."""
+    peer = client(peer_settings=setting(4, 1000))
+    stream, _ = peer.opened()
+    send(peer.connection, stream, bytes(1000))
+    peer.give(settings_frame((4, 1)))
+    assert stream.send_window == -999
+    peer.connection.end(stream)
+    assert peer.frames()[-1] == (DATA, END_STREAM, stream.id, b"")
 
 
 def test_initial_window_that_overflows() -> None:
