@@ -10,25 +10,27 @@ from pyambient.intercept.interface import PodNetwork, Stage, from_record, to_rec
 from pyambient.intercept.options import CaptureOptions
 
 _NETWORK = PodNetwork((), ("eth0", "eth1"), has_ipv6=True)
+_INSIDE = ["bpf-guard"] * 2
+_OUTSIDE = ["bpf-guard-node"] * 2
 
 
 @pytest.mark.parametrize(
     ("mode", "on_node", "kinds"),
     [
-        ("drop", False, ["bpf-guard"] * 2),
-        ("count", False, ["bpf-guard"] * 2),
-        ("drop", True, ["bpf-guard"] * 2 + ["bpf-guard-node"] * 2),
-        ("count", True, ["bpf-guard"] * 2 + ["bpf-guard-node"] * 2),
+        ("drop", False, ["bpf-guarded", *_INSIDE]),
+        ("count", False, ["bpf-guarded", *_INSIDE]),
+        ("drop", True, ["bpf-guarded", *_INSIDE, *_OUTSIDE]),
+        ("count", True, ["bpf-guarded", *_INSIDE, *_OUTSIDE]),
         ("off", False, []),
     ],
 )
 def test_the_guards_of_a_plan(mode: str, *, on_node: bool, kinds: list[str]) -> None:
-    """One on each device, then one behind each; all after the gate, all fit for a record."""
+    """What they share, one on each device, then one behind each; all fit for a record."""
     steps = guards("/bpffs", 7, _NETWORK, CaptureOptions(guard=mode, guard_node=on_node))
     assert [step.kind for step in steps] == kinds
     assert {step.stage for step in steps} <= {Stage.GATE}
     assert from_record(to_record(steps)) == steps
-    assert all(getattr(step, "counts_only", None) is (mode == "count") for step in steps)
+    assert all(step.counts_only is (mode == "count") for step in steps[1:])
 
 
 @pytest.mark.parametrize(
