@@ -155,8 +155,8 @@ def _take_back(enrolled: Enrolled, before: Record, added: list[Step], store: Rec
         stuck = _undo(enrolled, stuck)
     except (PyambientError, OSError) as error:
         _log.error("the former backend is not whole", pod=str(before.pod), error=str(error))
-    write(enrolled, before.changed(leaving=(*before.leaving, *stuck)), store)
     try:
+        write(enrolled, before.changed(leaving=(*before.leaving, *stuck)), store)
         _make_whole(enrolled, store)
     except (PyambientError, OSError) as error:
         _log.error("the former backend is not whole", pod=str(before.pod), error=str(error))

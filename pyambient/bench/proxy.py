@@ -21,6 +21,7 @@ import trio
 
 from pyambient.bench.nested import NestedLoop
 from pyambient.bench.pods import Placement
+from pyambient.children import module
 from pyambient.engine.collector import calm
 from pyambient.engine.loop import Loop
 from pyambient.engine.scheduling import shorten_slices
@@ -86,7 +87,7 @@ def start(
     "fd" (the network namespace), "backend", "addresses" and, where its DNS is captured, "dns"
     (fields of `DnsCapture`).
     """
-    command = [sys.executable, "-m", "pyambient.bench.proxy", json.dumps(settings)]
+    command = module("pyambient.bench.proxy", json.dumps(settings))
     fds = tuple(pod.fd for pod in pods)
     process = place.start(command, stdout=subprocess.PIPE, pass_fds=fds)
     assert process.stdout is not None  # noqa: S101 - a pipe

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pyambient import children
 from pyambient.errors import NeedsRoot, PyambientError
 from pyambient.intercept.mounts import find_cgroup2_root
 
@@ -40,7 +41,7 @@ def run_apart(module: str, arguments: Sequence[str]) -> int:
         raise NeedsRoot("the benchmark")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _subtree() as cgroup:
-        command = [sys.executable, "-m", module, *arguments, _INSIDE, str(cgroup)]
+        command = children.module(module, *arguments, _INSIDE, str(cgroup))
         return subprocess.run([*_WALLS, *command], check=False).returncode
 
 

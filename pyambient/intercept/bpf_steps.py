@@ -347,7 +347,10 @@ class LoopbackNote:
         program = program_info(identifier) if identifier else None
         if program is None:
             return "the filter on lo is gone"
-        with existing_map(self.bpffs, "notes") as notes:
+        notes = node_map(self.bpffs, "notes")
+        if notes is None:
+            return "the notes of the filter on lo are gone"
+        with notes:
             shared = notes.identifier in program.maps
         return None if shared else "another filter is on lo"
 

@@ -102,7 +102,7 @@ def count_drops(bpffs: Path | str, cookie: int) -> None:
 
 
 def forget(bpffs: Path | str, cookie: int) -> None:
-    """Give up the pod's places."""
+    """Give up the pod's places; only where there are any, for the reason above."""
     for name in (EXISTING, DROPS):
         if has_place(bpffs, name, cookie):
             with existing_map(bpffs, name) as found:

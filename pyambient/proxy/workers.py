@@ -188,9 +188,9 @@ class Workers:
         details = self._details.get(uid)
         if details is None or link.described.get(uid) == details:
             return
-        link.described[uid] = details
         with trio.CancelScope(shield=True):  # the agent may go away at any time
             await link.ask(Describe(uid, details))
+        link.described[uid] = details
 
     async def drain(self, uid: str, timeout: float) -> int:  # noqa: ASYNC109 - the operator's number
         """Drain a pod in all workers; the number of connections left when the time was up."""

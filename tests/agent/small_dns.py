@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 
 import trio
 
@@ -11,7 +10,7 @@ from pyambient.dns.framing import Frames, framed
 from pyambient.dns.message import MalformedQueryError, parse_query
 from pyambient.netns import Netns
 from pyambient.proxy import sockets
-from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, answer_mark, arrival, datagram_listener
+from pyambient.proxy.dns.sockets import ANCILLARY_SIZE, arrival, datagram_listener, mark_answers
 
 
 class SmallForwarder:
@@ -25,7 +24,7 @@ class SmallForwarder:
 
     def suit(self, backend: str) -> None:
         """The pod is intercepted in another way."""
-        self._datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, answer_mark(backend))
+        mark_answers(self._datagrams, backend)
 
     async def serve(self) -> None:
         """Answer until it is closed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -171,3 +172,12 @@ async def until(condition: Callable[[], bool]) -> None:
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
     """A blocking call, while the loop goes on."""
     return await trio.to_thread.run_sync(function, *args)
+
+
+def read_out(sock: socket.socket) -> tuple[int, str]:
+    """How much comes until the end, and its SHA-256."""
+    digest, count = hashlib.sha256(), 0
+    while chunk := sock.recv(1 << 18):
+        digest.update(chunk)
+        count += len(chunk)
+    return count, digest.hexdigest()

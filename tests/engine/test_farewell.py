@@ -28,7 +28,6 @@ from pyambient.hbone.frames import (
     frame,
 )
 from pyambient.hbone.request import ConnectRequest
-from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.context import client_context, server_context
 from tests.bed.patience import patience
 
@@ -39,11 +38,6 @@ PINGS = 900
 LATE = frame(PING, 0, 0, b"too late") * 500
 # More than is read of it in a second.
 MUCH = LATE * 36
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return EmbeddedAuthority.open(tmp_path_factory.mktemp("ca"), "cluster.local")
 
 
 class RawPeer:

@@ -6,22 +6,17 @@ import hashlib
 import random
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pytest
 import trio
 
-from pyambient.identity.ca import EmbeddedAuthority
+from pyambient.engine.farewell import reset_on_close
 
 from .rig import rigged, until
 
 STREAMS = 64
-RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return EmbeddedAuthority.open(tmp_path_factory.mktemp("ca"), "cluster.local")
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ def send(sock: socket.socket, course: Course) -> str:
     dice, digest, left = random.Random(course.seed), hashlib.sha256(), course.size
     while left:
         if course.reset_at is not None and left <= course.reset_at:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            reset_on_close(sock)
             sock.close()
             return "reset"
         part = dice.randbytes(min(left, dice.choice((1, 17, 4096, 16_384, 100_000))))
@@ -120,6 +115,18 @@ def _whole(course: Course) -> str:
     return digest.hexdigest()
 
 
+async def carry(connections: Collection[Connection]) -> None:
+    """All at once, each to its end; then they are checked, and their ends closed."""
+    threads = trio.CapacityLimiter(4 * len(connections))
+    async with trio.open_nursery() as nursery:
+        for connection in connections:
+            nursery.start_soon(connection.run, threads)
+    for connection in connections:
+        connection.check()
+        for end in connection.ends:
+            end.close()
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_sixty_four_streams_arrive_whole(authority, seed):
     """Both ways, with random cuts, pauses, half-closes and resets; the tunnel outlives them."""
@@ -129,14 +136,7 @@ def test_sixty_four_streams_arrive_whole(authority, seed):
         for number in range(STREAMS):
             courses = Course.draw(seed * 1000 + number), Course.draw(seed * 2000 + number)
             connections.append(Connection(rig.open(), courses, {}, {}))
-        threads = trio.CapacityLimiter(4 * STREAMS)
-        async with trio.open_nursery() as nursery:
-            for connection in connections:
-                nursery.start_soon(connection.run, threads)
-        for connection in connections:
-            connection.check()
-            for end in connection.ends:
-                end.close()
+        await carry(connections)
         await until(lambda: all(r.finished for r in (*rig.relays, *rig.server_relays)))
         assert rig.client.tunnel.connection.open_count == 0
         assert not rig.client.tunnel.is_closed

@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-import trio
 
+from pyambient.engine.farewell import reset_on_close
 from pyambient.engine.splicing import PipePool, Splicer
 from tests.bed.descriptors import descriptors_left
 from tests.bed.patience import patience, wait_for
 
 from .plain_rig import HOSTS, Ledger, read_all, relayed, relaying
 from .rig import tcp_pair
-from .test_integrity import RESET_ON_CLOSE, Connection, Course
+from .test_integrity import Connection, Course, carry
 
 MIB = 1 << 20
 # Socket buffers of a test's connections: what the kernel keeps of them is known then.
@@ -111,7 +111,7 @@ def test_an_end_is_left_for_recv_to_say(splicer, ends):
 
 def test_a_reset_is_told_by_whoever_is_asked_first(splicer, ends):
     app, near, _, _ = ends
-    app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    reset_on_close(app)
     app.close()
     time.sleep(0.05)
     with pytest.raises(ConnectionResetError):
@@ -228,14 +228,7 @@ def test_what_arrives_is_what_was_sent(splicer, ledger, host, seed):
                 reset_at = dice.randrange(size) if size and dice.random() < 0.1 else None
                 courses.append(Course(dice.randrange(1 << 30), size, reset_at))
             connections.append(Connection(rig.open(host), tuple(courses), {}, {}))
-        threads = trio.CapacityLimiter(4 * len(connections))
-        async with trio.open_nursery() as nursery:
-            for connection in connections:
-                nursery.start_soon(connection.run, threads)
-        for connection in connections:
-            connection.check()
-            for end in connection.ends:
-                end.close()
+        await carry(connections)
         await rig.wait_finished()
 
     relaying(test, splicer)
@@ -334,7 +327,7 @@ def test_a_reset_beyond_a_full_pipe_is_one(splicer, ledger, host, who):
         fed(app, server)
         fill_a_pipe(Sender(app), server, ledger)
         gone, left = (server, app) if who == "sink" else (app, server)
-        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        reset_on_close(gone)
         gone.close()
         with pytest.raises(ConnectionResetError):
             read_all(left)

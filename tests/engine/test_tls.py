@@ -13,17 +13,11 @@ import trio
 
 from pyambient.engine.handshake import HandshakeFailed, handshake
 from pyambient.engine.tls import Fill, SharedBuffers, TlsError, TlsTransport
-from pyambient.identity.ca import EmbeddedAuthority
 from pyambient.identity.context import client_context, server_context
 from pyambient.model.spiffe import SpiffeId
 
 CLIENT = SpiffeId("cluster.local", "default", "client")
 SERVER = SpiffeId("cluster.local", "default", "server")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return EmbeddedAuthority.open(tmp_path_factory.mktemp("ca"), "cluster.local")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ _MARKER = b"plaintext that must not be on the wire"
 _PATIENCE = ClientOptions(timeout=8)
 _DIRECT = ("--same-node=direct",)
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
+_SERVICE = "server.default.svc.cluster.local"
 _IDENTITY = "spiffe://cluster.local/ns/default/sa/"
 
 
@@ -240,9 +241,8 @@ def test_a_service_leads_to_a_pod_of_the_node(
     seen = source.run(apps.request, vip, b"by service", _PATIENCE)
     assert (seen.data, seen.peer) == (b"by service", vip)
     for direction in ("inbound", "outbound"):
-        wanted = {"src.addr": str(seen.local), "direction": direction}
+        wanted = {"src.addr": str(seen.local), "direction": direction, "dst.service": _SERVICE}
         (line,) = pair.mesh.access_log(wanted)
-        assert line["dst.service"] == "server.default.svc.cluster.local"
         assert line["dst.identity"] == f"{_IDENTITY}server"
 
 

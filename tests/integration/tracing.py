@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ class Tracing:
         while not events or events[-1]["decision"] != decision:
             events.append(json.loads(self.process.stdout.readline()))
         return events
+
+    def is_told(self, timeout: float) -> bool:
+        """Whether something more comes within so many seconds."""
+        return bool(select.select([self.process.stdout], [], [], timeout)[0])
 
     def end(self) -> str:
         """End it as a user does; the rest of what it said on stderr."""

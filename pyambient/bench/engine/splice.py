@@ -24,6 +24,7 @@ from pyambient.bench.pods import Placement
 from pyambient.bench.processes import cpu_seconds
 from pyambient.bench.rounds import Results, Sample, turns
 from pyambient.bench.walls import behind_walls, options_of
+from pyambient.children import module
 from pyambient.engine.accept import Listener, connect
 from pyambient.engine.deadlines import Deadlines
 from pyambient.engine.loop import Loop
@@ -109,8 +110,7 @@ class _Subject:
 
     def _start(self, kind: str, offset: int) -> subprocess.Popen[str]:
         words = ("--relay", kind, str(self._first_port + offset), str(_APP_PORT + offset))
-        command = [sys.executable, "-m", _MODULE, *words]
-        process = self._place.start(command, stdout=subprocess.PIPE)
+        process = self._place.start(module(_MODULE, *words), stdout=subprocess.PIPE)
         assert process.stdout is not None  # noqa: S101 - a pipe
         if process.stdout.readline() != _READY:
             raise PyambientError("the relay did not start", "see what it wrote above")

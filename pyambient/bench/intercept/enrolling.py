@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Final
 from pyambient.agent.client import ask
 from pyambient.agent.config import RunDir
 from pyambient.bench.rounds import Sample
+from pyambient.children import module
 from pyambient.errors import PyambientError
 from pyambient.netns import Netns
 
@@ -44,7 +44,7 @@ class Mesh:
         self._wait_for_both()
 
     def _start(self, *words: str) -> None:
-        line = [sys.executable, "-m", "pyambient", f"--run-dir={self.run_dir.path}", *words]
+        line = module("pyambient", f"--run-dir={self.run_dir.path}", *words)
         with self._log.open("ab") as log:
             self._processes.append(subprocess.Popen(line, stdout=log, stderr=log))
 

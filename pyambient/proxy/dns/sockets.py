@@ -40,14 +40,9 @@ Ancillary = Sequence[tuple[int, int, bytes]]
 _MARKS: Final = {"tc": LOOPBACK_MARK, "nftables": PROXY_MARK, "iptables": PROXY_MARK}
 
 
-def answer_mark(backend: str) -> int:
-    """The mark of the listener, and so of its answers, that this backend wants; 0 for none."""
-    return _MARKS.get(backend, 0)
-
-
 def mark_answers(sock: socket.socket, backend: str) -> None:
-    """Have what a listener sends from now on bear the mark that this backend wants."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, answer_mark(backend))
+    """Have what a listener sends from now on bear the mark that this backend wants, or none."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, _MARKS.get(backend, 0))
 
 
 def datagram_listener(netns: Netns, backend: str, port: int) -> socket.socket:
@@ -56,11 +51,11 @@ def datagram_listener(netns: Netns, backend: str, port: int) -> socket.socket:
     PyambientError if the port is taken there.
     """
     try:
-        return _bound(netns, socket.AF_INET6, ("::", port), answer_mark(backend))
+        return _bound(netns, socket.AF_INET6, ("::", port), backend)
     except OSError as error:
         _explain_taken(error, port)
     try:
-        return _bound(netns, socket.AF_INET, ("0.0.0.0", port), answer_mark(backend))  # noqa: S104 - in the pod
+        return _bound(netns, socket.AF_INET, ("0.0.0.0", port), backend)  # noqa: S104 - in the pod
     except OSError as error:
         _explain_taken(error, port)
         raise
@@ -73,11 +68,10 @@ def _explain_taken(error: OSError, port: int) -> None:
         ) from None
 
 
-def _bound(netns: Netns, family: int, address: tuple[str, int], mark: int) -> socket.socket:
+def _bound(netns: Netns, family: int, address: tuple[str, int], backend: str) -> socket.socket:
     sock = netns.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
-        if mark:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        mark_answers(sock, backend)
         # An answer that fits lo may not fit the link to who is behind the pod: let it be divided.
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         if family == socket.AF_INET6:
